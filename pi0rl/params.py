@@ -1,0 +1,383 @@
+"""The schema of an experiment: one typed, strict, frozen tree, read from YAML and validated once at the edge.
+
+Keys are RLinf's where it has them, so that its snippets paste in. Composition: a file may name a ``base`` file beside it
+whose values it overrides; ``${section.key}`` refers to another value; ``--set section.key=value`` comes last.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pi0rl.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DemosParams(Section):
+    """The scripted expert's demonstrations; kept apart from the experiment's seed, so that seeds share one data set."""
+
+    episodes_per_task: Positive = 10
+    init_state_ids: tuple[NonNegative, NonNegative] = (0, 50)
+    seed: int = 0
+    action_noise: Rate = 0.0
+    workers: Positive = 2
+
+
+class FetchParams(Section):
+    """An existing SFT checkpoint to start from, instead of ``demos`` and ``sft``: a local folder or a hub id."""
+
+    checkpoint: str
+    revision: str | None = None
+
+
+class SftParams(Section):
+    """Imitation by flow matching (openpi's recipe: AdamW, warm-up, cosine decay)."""
+
+    steps: Positive = 1000
+    batch_size: Positive = 32
+    lr: Rate = 1e-3
+    min_lr: Rate = 1e-4
+    warmup_steps: NonNegative = 50
+    weight_decay: Rate = 1e-4
+    clip_grad: Rate = 1.0
+    ema_decay: Fraction | None = None
+    image_shift: NonNegative = 2
+    save_interval: Positive = 200
+    num_threads: Positive = 2
+
+
+class ClusterParams(Section):
+    """Where components run: ``env: 0-3``, ``env,rollout,actor: all``, or ``cpu`` on a machine without GPUs."""
+
+    num_nodes: Positive = 1
+    component_placement: dict[str, str | int] = {"env": "cpu", "rollout": "cpu", "actor": "cpu"}
+    address: str | None = None
+
+
+class RolloutParams(Section):
+    """``pipeline_stage_num`` halves of the slots take turns: one simulates while the other is inferred."""
+
+    pipeline_stage_num: Positive = 2
+
+
+class VideoParams(Section):
+    """Episode videos; ``info_on_video`` draws task, step, reward and success on the frames."""
+
+    save_video: bool = True
+    info_on_video: bool = True
+    video_base_dir: str | None = None
+
+
+class EnvTrainParams(Section):
+    """Training rollouts: ``total_num_envs`` slots; episodes per iteration = slots x ``algorithm.rollout_epoch``."""
+
+    total_num_envs: Positive = 16
+    workers: Positive = 2
+    max_episode_steps: Positive = 240
+    split: Literal["official", "held_out"] = "official"
+    init_state_ids: tuple[NonNegative, NonNegative] = (0, 50)
+    use_rel_reward: bool = True
+    use_step_penalty: bool = False
+
+
+class EnvEvalParams(Section):
+    """Evaluation slots."""
+
+    total_num_envs: Positive = 16
+    workers: Positive = 2
+
+
+class EnvParams(Section):
+    """The simulator: image size (pixels), rendering profile, settle steps after a reset, fixture seed."""
+
+    camera_size: Positive = 256
+    render_profile: Literal["reference", "fast"] = "reference"
+    settle_steps: NonNegative = 10
+    seed: int = 0
+    train: EnvTrainParams = EnvTrainParams()
+    eval: EnvEvalParams = EnvEvalParams()
+
+
+class ModelParams(Section):
+    """Which pi0; C = ``num_action_chunks`` of the predicted horizon are executed, K = ``num_steps`` denoising steps."""
+
+    variant: Literal["tiny", "pi0", "pi05"] = "pi0"
+    num_action_chunks: Positive = 5
+    num_steps: Positive = 4
+    action_dim: Positive = 7
+    precision: Literal["fp32", "bf16"] | None = None
+
+
+class OptimParams(Section):
+    """AdamW over two parameter groups: the policy at ``lr``, the value head at ``value_lr``."""
+
+    lr: Rate = 5e-6
+    value_lr: Rate = 1e-4
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: Rate = 1e-8
+    weight_decay: Rate = 0.01
+    clip_grad: Rate = 1.0
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: NonNegative = 0
+    min_lr_rate: Fraction = 0.1
+    critic_warmup_iterations: NonNegative = 0
+
+
+class ActorParams(Section):
+    """The learner."""
+
+    model: ModelParams = ModelParams()
+    optim: OptimParams = OptimParams()
+    global_batch_size: Positive = 2048
+    micro_batch_size: Positive = 128
+    num_threads: Positive = 2
+
+
+class OpenpiParams(Section):
+    """The stochastic sampler and what of pi0 is trained (RLinf's block of the same name)."""
+
+    noise_level: Rate = 0.5
+    action_chunk: Positive | None = None
+    num_steps: Positive | None = None
+    train_expert_only: bool = True
+    action_env_dim: Positive | None = None
+    noise_method: Literal["flow_sde", "flow_noise", "reinflow", "flow_cps", "flow_ode"] = "flow_sde"
+    stochastic_steps: Literal["one", "all"] = "one"
+    joint_logprob: bool = False
+    add_value_head: bool = True
+    value_after_vlm: bool = False
+    detach_critic_input: bool = True
+
+
+class AlgorithmParams(Section):
+    """PPO (``adv_type: gae``) or GRPO (``adv_type: grpo``).
+
+    Left out, ``adv_type`` is gae with a value head and grpo without; ``group_size`` is 1 for gae and 8 for grpo.
+    """
+
+    adv_type: Literal["gae", "grpo"]
+    rollout_epoch: Positive = 8
+    update_epoch: Positive = 4
+    group_size: Positive
+    gamma: Fraction = 0.99
+    gae_lambda: Fraction = 0.95
+    reward_coef: float = 1.0
+    clip_ratio_low: Rate = 0.2
+    clip_ratio_high: Rate = 0.2
+    clip_ratio_c: float | None = 3.0
+    value_clip: Rate = 0.2
+    huber_delta: Rate = 10.0
+    entropy_bonus: Rate = 0.0
+    filter_rewards: bool = False
+    rewards_lower_bound: float = 0.1
+    rewards_upper_bound: float = 0.9
+    target_kl: Rate | None = None
+
+
+class LoggerParams(Section):
+    """Where runs are logged."""
+
+    log_path: str = "../results"
+    project_name: str = "pi0rl"
+    experiment_name: str = "quickstart"
+    logger_backends: tuple[Literal["mlflow", "tensorboard", "wandb", "swanlab"], ...] = ("mlflow",)
+
+
+class RunnerParams(Section):
+    """The outer loop: ``max_epochs`` iterations of rollout and update."""
+
+    task_type: Literal["embodied"] = "embodied"
+    max_epochs: Positive = 1000
+    save_interval: Positive = 40
+    logger: LoggerParams = LoggerParams()
+
+
+class EvaluationParams(Section):
+    """The fixed plan both policies are judged on; the step limit is openpi's per suite."""
+
+    split: Literal["official", "held_out"] = "held_out"
+    episodes_per_task: Positive = 10
+    seed: int = 1000
+    videos_per_policy: NonNegative = 4
+
+
+class Params(Section):
+    """An experiment."""
+
+    seed: int = 0
+    suites: tuple[str, ...] = Field(default=("libero_object",), min_length=1)
+    fetch: FetchParams | None = None
+    demos: DemosParams = DemosParams()
+    sft: SftParams = SftParams()
+    cluster: ClusterParams = ClusterParams()
+    env: EnvParams = EnvParams()
+    rollout: RolloutParams = RolloutParams()
+    actor: ActorParams = ActorParams()
+    openpi: OpenpiParams = OpenpiParams()
+    algorithm: AlgorithmParams
+    runner: RunnerParams = RunnerParams()
+    video_cfg: VideoParams = VideoParams()
+    evaluation: EvaluationParams = EvaluationParams()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_algorithm(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        algorithm, openpi = tree.get("algorithm") or {}, tree.get("openpi") or {}
+        if not isinstance(algorithm, dict) or not isinstance(openpi, dict):
+            return tree
+        adv_type = algorithm.get("adv_type", "gae" if openpi.get("add_value_head", True) else "grpo")
+        chosen = {"adv_type": adv_type, "group_size": 1 if adv_type == "gae" else 8}
+        return {**tree, "algorithm": {**chosen, **algorithm}}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Params:
+        model, openpi, train = self.actor.model, self.openpi, self.env.train
+        for key, value, other, expected in (
+            ("openpi.action_chunk", openpi.action_chunk, "actor.model.num_action_chunks", model.num_action_chunks),
+            ("openpi.num_steps", openpi.num_steps, "actor.model.num_steps", model.num_steps),
+            ("openpi.action_env_dim", openpi.action_env_dim, "actor.model.action_dim", model.action_dim),
+        ):
+            if value is not None and value != expected:
+                raise ValueError(f"{key} is {value} but {other} is {expected}: make them equal or leave {key} out")
+        if self.algorithm.adv_type == "gae" and not openpi.add_value_head:
+            raise ValueError("algorithm.adv_type gae needs openpi.add_value_head: true (or use adv_type: grpo)")
+        if self.algorithm.adv_type == "grpo" and self.algorithm.group_size < 2:
+            raise ValueError("algorithm.adv_type grpo needs algorithm.group_size of 2 or more")
+        episodes = train.total_num_envs * self.algorithm.rollout_epoch
+        if episodes % self.algorithm.group_size:
+            raise ValueError(
+                f"algorithm.group_size {self.algorithm.group_size} does not divide the {episodes} episodes of an "
+                "iteration (env.train.total_num_envs x algorithm.rollout_epoch)"
+            )
+        for where, count, workers in (
+            ("env.train", train.total_num_envs, train.workers),
+            ("env.eval", self.env.eval.total_num_envs, self.env.eval.workers),
+        ):
+            if count % workers:
+                raise ValueError(f"{where}.workers {workers} does not divide {where}.total_num_envs {count}")
+        return self
+
+
+def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
+    """Read, compose, interpolate and validate ``path``; raises UserError naming file, key, expectation and nearest key.
+
+    Args:
+        path: a YAML file of params.
+        overrides: ``section.key=value`` strings, applied last; values are parsed as YAML.
+    """
+    tree = _compose(path, seen=())
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override}: expected key=value, for example --set seed=1")
+        _set(tree, key.strip(), yaml.safe_load(text), override)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(_interpolatable(tree)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: cannot resolve an interpolation: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, dict)
+    resolved = {key: value for key, value in resolved.items() if key in tree}
+    try:
+        return Params.model_validate(resolved)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+
+
+def dump_params(params: Params) -> str:
+    """``params`` as YAML with every default written out; reading it back gives the same params."""
+    return yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False)
+
+
+def params_hash(params: Params) -> str:
+    """16 hex digits that name these params, independent of the file's formatting."""
+    text = json.dumps(params.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _compose(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The YAML tree of ``path`` laid over the tree of its ``base``."""
+    if path in seen:
+        raise UserError(f"{path}: base files form a circle: {' -> '.join(str(p) for p in (*seen, path))}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such params file; known ones: {', '.join(_known(path)) or 'none'}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_compose(path.parent / base, (*seen, path)), tree)
+
+
+def _known(path: Path) -> list[str]:
+    return sorted(p.stem for p in path.parent.glob("*.yaml"))
+
+
+def _merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # a placement is one statement: merging two of them would mix machines
+        merged[key] = _merge(merged[key], value) if both and key != "component_placement" else value
+    return merged
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: {parent} is a value, not a section")
+    tree[last] = value
+
+
+def _interpolatable(tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the schema's defaults under it, so that ``${actor.model.num_steps}`` resolves when left out."""
+    return _merge(Params.model_validate({}).model_dump(mode="json"), tree)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one line: key, what is wrong, what was expected, the nearest key."""
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(problem["loc"])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}; {hint}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message + more
+    return f"{key}: {message}, got {problem['input']!r}{more}"
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys the schema knows in the section that holds ``loc``."""
+    section: type[BaseModel] = Params
+    for part in loc[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = getattr(annotation, "__args__", (annotation,))
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return sorted(section.model_fields)
