@@ -1,0 +1,129 @@
+"""The episode plan: which episodes a run consists of, fixed as data before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pi0rl.errors import UserError
+from pi0rl.libero.suites import Task, held_out_init_states, official_init_states, suite_tasks
+
+Split = Literal["official", "held_out"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One row of a plan.
+
+    Attributes:
+        index: Position in the plan; noise is keyed by it.
+        suite, task_id: The task.
+        split, init_state_id: The init state, an index into that split's states of the task.
+        seed: The simulation's seed: it decides where LIBERO puts the fixtures. One value per plan, so that all
+            episodes of a task share one compiled scene.
+        group: Episodes of one group share task and init state (GRPO compares them with one another).
+    """
+
+    index: int
+    suite: str
+    task_id: int
+    split: Split
+    init_state_id: int
+    seed: int
+    group: int = 0
+
+
+def init_states(task: Task, split: Split) -> np.ndarray:
+    """The init states of a split, float64 [n, state].
+
+    Raises:
+        UserError: The split is unknown or has no states for the task.
+    """
+    if split == "official":
+        return official_init_states(task)
+    if split == "held_out":
+        return held_out_init_states(task)
+    raise UserError(f"unknown split {split!r}: expected 'official' or 'held_out'")
+
+
+def episode_task(episode: Episode) -> Task:
+    """The task of an episode."""
+    return suite_tasks(episode.suite)[episode.task_id]
+
+
+def episode_init_state(episode: Episode) -> np.ndarray:
+    """The init state of an episode, float64 [state]."""
+    return init_states(episode_task(episode), episode.split)[episode.init_state_id]
+
+
+def evaluation_plan(suites: Sequence[str], split: Split, episodes_per_task: int, seed: int) -> tuple[Episode, ...]:
+    """The first `episodes_per_task` init states of every task, task after task, each once and a group of its own.
+
+    Raises:
+        UserError: Fewer init states exist than episodes are asked for, or a name is unknown.
+    """
+    episodes: list[Episode] = []
+    for task in (task for suite in suites for task in suite_tasks(suite)):
+        _check_ids(task, split, range(episodes_per_task))
+        for init_state_id in range(episodes_per_task):
+            index = len(episodes)
+            episodes.append(Episode(index, task.suite, task.task_id, split, init_state_id, seed, group=index))
+    return tuple(episodes)
+
+
+def training_plan(
+    suites: Sequence[str],
+    split: Split,
+    episodes: int,
+    group_size: int,
+    seed: int,
+    iteration: int,
+    init_state_ids: range,
+) -> tuple[Episode, ...]:
+    """The episodes of one training iteration: `episodes / group_size` groups, dealt to the tasks in turn.
+
+    Where the groups do not divide by the tasks, the next iteration goes on with the next task, so the tasks stay
+    balanced over the run. A task's init states are drawn without repetition as long as they last, by a generator
+    seeded with (seed, iteration, task).
+
+    Raises:
+        UserError: `episodes` is not a multiple of `group_size`, an init state does not exist, or a name is unknown.
+    """
+    if episodes < 1 or group_size < 1 or episodes % group_size:
+        raise UserError(
+            f"{episodes} episodes in groups of {group_size}: expected a positive multiple of the group size"
+        )
+    tasks = [task for suite in suites for task in suite_tasks(suite)]
+    groups = episodes // group_size
+    turns = [(iteration * groups + group) % len(tasks) for group in range(groups)]
+    draws = {
+        turn: iter(_draw(tasks[turn], turns.count(turn), (seed, iteration, turn), init_state_ids)) for turn in turns
+    }
+    plan: list[Episode] = []
+    for group, turn in enumerate(turns):
+        task, init_state_id = tasks[turn], next(draws[turn])
+        _check_ids(task, split, init_state_ids)
+        for _ in range(group_size):
+            plan.append(Episode(len(plan), task.suite, task.task_id, split, init_state_id, seed, group))
+    return tuple(plan)
+
+
+def _draw(task: Task, count: int, key: tuple[int, ...], init_state_ids: range) -> list[int]:
+    if not init_state_ids:
+        raise UserError(f"{task.suite} task {task.task_id}: no init states to train on; give a range that is not empty")
+    generator = np.random.default_rng(key)
+    rounds = -(-count // len(init_state_ids))
+    drawn = np.concatenate([generator.permutation(np.array(init_state_ids)) for _ in range(rounds)])
+    return [int(state) for state in drawn[:count]]
+
+
+def _check_ids(task: Task, split: Split, init_state_ids: range) -> None:
+    available = len(init_states(task, split))
+    if init_state_ids and (min(init_state_ids) < 0 or max(init_state_ids) >= available):
+        raise UserError(
+            f"{task.suite} task {task.task_id}: init states {min(init_state_ids)} to {max(init_state_ids)} asked for, "
+            f"{available} {split} ones exist; ask for fewer"
+        )
