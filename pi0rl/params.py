@@ -1,7 +1,7 @@
 """The schema of an experiment: one typed, strict, frozen tree, read from YAML and validated once at the edge.
 
-Keys are RLinf's where it has them, so that its snippets paste in. Composition: a file may name a ``base`` file beside it
-whose values it overrides; ``${section.key}`` refers to another value; ``--set section.key=value`` comes last.
+Keys are RLinf's where it has them, so that its snippets paste in. Composition: a file may name a ``base`` file beside
+it whose values it overrides; ``${section.key}`` refers to another value; ``--set section.key=value`` comes last.
 """
 
 from __future__ import annotations
@@ -295,9 +295,8 @@ def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: cannot resolve an interpolation: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
-    resolved = {key: value for key, value in resolved.items() if key in tree}
     try:
-        return Params.model_validate(resolved)
+        return Params.model_validate(_only_keys_of(tree, resolved))
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from error
 
@@ -354,6 +353,13 @@ def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 def _interpolatable(tree: dict[str, Any]) -> dict[str, Any]:
     """``tree`` with the schema's defaults under it, so that ``${actor.model.num_steps}`` resolves when left out."""
     return _merge(Params.model_validate({}).model_dump(mode="json"), tree)
+
+
+def _only_keys_of(tree: Any, resolved: Any) -> Any:
+    """The values of ``resolved`` at the keys that ``tree`` states, so that the schema still sees what was left out."""
+    if not isinstance(tree, dict):
+        return resolved
+    return {key: _only_keys_of(value, resolved[key]) for key, value in tree.items()}
 
 
 def _explain(error: ValidationError) -> str:
