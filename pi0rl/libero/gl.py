@@ -1,0 +1,231 @@
+"""OpenGL contexts without a display: EGL on a GPU or in software, or OSMesa.
+
+The context is made through ctypes, so a back end that fails can be followed by the next one in the same process and
+nothing depends on which back end `mujoco` chose when it was imported. `MUJOCO_GL=egl|osmesa` forces one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pi0rl.errors import UserError
+
+BACKENDS = ("egl", "osmesa")
+
+# Names and values of the EGL 1.5 registry (https://registry.khronos.org/EGL).
+_EGL_PLATFORM_DEVICE_EXT = 0x313F
+_EGL_CUDA_DEVICE_NV = 0x323A
+_EGL_EXTENSIONS = 0x3055
+_EGL_OPENGL_API = 0x30A2
+_EGL_NONE = 0x3038
+_EGL_CONFIG = (
+    *(0x3024, 8, 0x3023, 8, 0x3022, 8, 0x3021, 8),  # red, green, blue, alpha bits
+    *(0x3025, 24, 0x3026, 8),  # depth, stencil bits
+    *(0x3033, 0x0001),  # surface type: pbuffer
+    *(0x3040, 0x0008),  # renderable type: OpenGL
+    _EGL_NONE,
+)
+_OSMESA_RGBA, _GL_UNSIGNED_BYTE = 0x1908, 0x1401
+
+
+class BackendError(Exception):
+    """A back end does not work here; the message says why."""
+
+
+@dataclass(frozen=True)
+class GLContext:
+    """A current OpenGL context of this thread; it lives as long as the process.
+
+    Attributes:
+        backend: "egl" or "osmesa".
+        device: What renders, e.g. "EGL device 0 (CUDA 0)" or the path of the OSMesa library.
+        handles: Libraries and buffers that must stay alive with the context.
+    """
+
+    backend: str
+    device: str
+    handles: tuple[Any, ...]
+
+
+def create_context() -> GLContext:
+    """Make an OpenGL context and make it current: the back end of `MUJOCO_GL`, else EGL, else OSMesa.
+
+    Raises:
+        UserError: No back end works; the message says why each failed and what to install.
+    """
+    # Mesa's rasteriser would start a thread per core in every process; frames of 64 to 256 px gain nothing from it.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    reasons = []
+    for backend in _requested_backends():
+        try:
+            return _CREATE[backend]()
+        except BackendError as error:
+            reasons.append(f"{backend}: {error}")
+    raise UserError(
+        f"no OpenGL back end works ({'; '.join(reasons)}): install libegl1 and libgl1-mesa-dri (EGL) "
+        "or libosmesa6, or without root `pip install lavavu-osmesa`; `pi0rl doctor` tries them all"
+    )
+
+
+def _requested_backends() -> tuple[str, ...]:
+    requested = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if requested in ("", "on", "true", "1", "enable", "enabled"):
+        return BACKENDS
+    if requested not in BACKENDS:
+        raise UserError(f"MUJOCO_GL={requested}: expected egl or osmesa (or unset, to try both)")
+    return (requested,)
+
+
+def _create_egl() -> GLContext:
+    try:
+        egl = ctypes.CDLL("libEGL.so.1")
+    except OSError as error:
+        raise BackendError(f"libEGL.so.1 cannot be loaded ({error})") from error
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    egl.eglCreateContext.restype = ctypes.c_void_p
+    failures = []
+    for index, device in _egl_devices(egl):
+        cuda = _cuda_index(egl, device)
+        name = f"EGL device {index} ({'software or non-CUDA' if cuda is None else f'CUDA {cuda}'})"
+        try:
+            handles = _egl_context(egl, device)
+        except BackendError as error:
+            failures.append(f"{name}: {error}")
+            continue
+        # MuJoCo looks its GL functions up among the global symbols, EGL's first: only a library that works goes there.
+        ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
+        return GLContext("egl", name, (egl, *handles))
+    raise BackendError("; ".join(failures) or "EGL lists no device")
+
+
+def _egl_context(egl: ctypes.CDLL, device: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    get_display = _egl_function(
+        egl, "eglGetPlatformDisplayEXT", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p
+    )
+    display = ctypes.c_void_p(get_display(_EGL_PLATFORM_DEVICE_EXT, device, None))
+    if not display or not egl.eglInitialize(display, None, None):
+        raise BackendError("the display cannot be initialised (no driver, or no permission on /dev/dri)")
+    config, count = ctypes.c_void_p(), ctypes.c_int()
+    attributes = (ctypes.c_int * len(_EGL_CONFIG))(*_EGL_CONFIG)
+    if not egl.eglChooseConfig(display, attributes, ctypes.byref(config), 1, ctypes.byref(count)) or count.value < 1:
+        raise BackendError("no 8-bit RGBA configuration with 24-bit depth")
+    egl.eglBindAPI(_EGL_OPENGL_API)
+    context = ctypes.c_void_p(egl.eglCreateContext(display, config, None, None))
+    if not context or not egl.eglMakeCurrent(display, None, None, context):
+        raise BackendError("an OpenGL context cannot be made")
+    return display, context
+
+
+def _egl_devices(egl: ctypes.CDLL) -> list[tuple[int, int]]:
+    """(index, handle) of the devices to try, the preferred ones first.
+
+    `MUJOCO_EGL_DEVICE_ID` picks one by its EGL index. Otherwise devices that `CUDA_VISIBLE_DEVICES` names come first;
+    where it is empty (as Ray sets it for workers without a GPU), devices that are no CUDA device come first.
+    """
+    query = _egl_function(
+        egl, "eglQueryDevicesEXT", ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
+    )
+    handles, count = (ctypes.c_void_p * 64)(), ctypes.c_int()
+    if not query(64, handles, ctypes.byref(count)):
+        raise BackendError("eglQueryDevicesEXT failed")
+    devices = [(index, handle) for index, handle in enumerate(handles[: count.value]) if handle]
+    chosen = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if chosen is not None:
+        if not chosen.isdigit() or int(chosen) >= len(devices):
+            raise UserError(f"MUJOCO_EGL_DEVICE_ID={chosen}: expected 0 to {len(devices) - 1}, EGL's own numbering")
+        return [devices[int(chosen)]]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return devices
+    wanted = {int(entry) for entry in visible.split(",") if entry.strip().isdigit()}
+    cuda = {index: _cuda_index(egl, handle) for index, handle in devices}
+    if not wanted and visible.strip() not in ("", "-1"):  # UUIDs: EGL does not know them
+        return devices
+    return sorted(devices, key=lambda device: not (cuda[device[0]] in wanted if wanted else cuda[device[0]] is None))
+
+
+def _cuda_index(egl: ctypes.CDLL, device: int) -> int | None:
+    query_string = _egl_function(egl, "eglQueryDeviceStringEXT", ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+    if b"EGL_NV_device_cuda" not in (query_string(device, _EGL_EXTENSIONS) or b""):
+        return None
+    query = _egl_function(
+        egl,
+        "eglQueryDeviceAttribEXT",
+        ctypes.c_uint,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_ssize_t),
+    )
+    index = ctypes.c_ssize_t()
+    return index.value if query(device, _EGL_CUDA_DEVICE_NV, ctypes.byref(index)) else None
+
+
+def _egl_function(egl: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    address = egl.eglGetProcAddress(name.encode())
+    if not address:
+        raise BackendError(f"this EGL has no {name}")
+    return ctypes.CFUNCTYPE(result, *arguments)(address)
+
+
+def _create_osmesa() -> GLContext:
+    library, path = _load_osmesa()
+    library.OSMesaCreateContextExt.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.OSMesaCreateContextExt(_OSMESA_RGBA, 24, 8, 0, None))
+    # MuJoCo draws into a framebuffer of its own; OSMesa only needs some window buffer.
+    width = height = 16
+    buffer = (ctypes.c_ubyte * (4 * width * height))()
+    if not context or not library.OSMesaMakeCurrent(context, buffer, _GL_UNSIGNED_BYTE, width, height):
+        raise BackendError(f"{path}: a context cannot be made")
+    return GLContext("osmesa", path, (library, context, buffer))
+
+
+def _load_osmesa() -> tuple[ctypes.CDLL, str]:
+    reasons = []
+    for name in dict.fromkeys((ctypes.util.find_library("OSMesa"), "libOSMesa.so.8", "libOSMesa.so.6")):
+        try:
+            if name is not None:
+                return ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL), name
+        except OSError as error:
+            reasons.append(str(error))
+    bundled = _wheel_libraries()
+    path = next((str(path) for path in bundled if path.name.startswith("libOSMesa")), None)
+    if path is None:
+        raise BackendError(f"no libOSMesa ({'; '.join(reasons)}; the wheel lavavu-osmesa is not installed)")
+    # The wheel's libraries do not know their own folder: load what libOSMesa needs first, dependencies before users.
+    waiting = [other for other in bundled if str(other) != path]
+    while waiting:
+        failed = [other for other in waiting if not _loads(other)]
+        if len(failed) == len(waiting):
+            break
+        waiting = failed
+    try:
+        return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL), path
+    except OSError as error:
+        raise BackendError(str(error)) from error
+
+
+def _loads(path: Path) -> bool:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
+
+
+def _wheel_libraries() -> list[Path]:
+    """The libraries that the wheel `lavavu-osmesa` bundles, where that is installed."""
+    try:
+        files = importlib.metadata.files("lavavu-osmesa") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())) for file in files if file.parts[0] == "lavavu_osmesa.libs"]
+
+
+_CREATE: dict[str, Callable[[], GLContext]] = {"egl": _create_egl, "osmesa": _create_osmesa}
