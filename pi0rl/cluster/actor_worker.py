@@ -1,0 +1,107 @@
+"""The actor component: a Ray actor that owns the trained weights and the optimiser."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pi0rl.policy.checkpoints import load_policy, save_policy
+from pi0rl.policy.model import Prefix, concatenate
+from pi0rl.policy.sampling import SamplerConfig, evaluate_chains
+from pi0rl.rl.advantages import make_batch
+from pi0rl.rl.config import UpdateConfig
+from pi0rl.rl.metrics import rollout_metrics
+from pi0rl.rl.optimizer import PolicyOptimizer
+from pi0rl.rl.trajectories import Rollout, Trajectory
+from pi0rl.rl.update import Evaluate, update
+
+# A frozen prefix is computed once per update and kept for all its epochs, as long as it fits in this much memory.
+PREFIX_CACHE_BYTES = 2 * 2**30
+
+
+class ActorWorker:
+    """Trains the policy on finished episodes."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        sampler: SamplerConfig,
+        config: UpdateConfig,
+        train_expert_only: bool,
+        num_threads: int,
+        device: str,
+    ) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(True)
+        self._policy = load_policy(checkpoint).to(device)
+        self._sampler, self._config, self._device = sampler, config, device
+        self._frozen_prefix = train_expert_only
+        self._trainable = self._policy.trainable_parameters(train_expert_only)
+        critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
+        actor = {name: p for name, p in self._trainable.items() if name not in critic}
+        self._optimizer = PolicyOptimizer(actor, critic, config.optim)
+
+    def resume(self, directory: Path) -> None:
+        """Continue from what ``save`` wrote there (the policy itself comes in through ``checkpoint``)."""
+        self._optimizer.load_state_dict(load_file(directory / "optimizer.safetensors"))
+
+    def save(self, directory: Path) -> None:
+        """Write policy and optimiser into the existing folder ``directory``."""
+        save_policy(self._policy, directory / "policy")
+        save_file(self._optimizer.state_dict(), directory / "optimizer.safetensors")
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights only, on the CPU."""
+        return {name: parameter.detach().cpu() for name, parameter in self._trainable.items()}
+
+    def update(self, iteration: int, max_episode_steps: int, *parts: list[Trajectory]) -> dict[str, float]:
+        """Advantages and all epochs of one iteration; returns its metrics.
+
+        Args:
+            parts: the trajectories of every rollout worker.
+        """
+        rollout = Rollout(trajectory for part in parts for trajectory in part)
+        batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
+        self._policy.train()
+        report = update(self._evaluator(rollout), batch, self._optimizer, self._config, iteration)
+        return rollout_metrics(rollout, batch) | report.metrics
+
+    def _evaluator(self, rollout: Rollout) -> Evaluate:
+        prefix_of = self._prefixes(rollout)
+
+        def evaluate(samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            inputs = rollout.inputs(samples.tolist())
+            chains = torch.from_numpy(inputs.chains).to(self._device)
+            inds = torch.from_numpy(inputs.denoise_inds).to(self._device)
+            result = evaluate_chains(self._policy, prefix_of(samples), chains, inds, self._sampler)
+            return result.log_probs.cpu(), result.values.cpu(), result.entropy.cpu()
+
+        return evaluate
+
+    def _prefixes(self, rollout: Rollout) -> Callable[[Tensor], Prefix]:
+        """Samples -> prefix: looked up if it is frozen and fits in memory, else computed, with gradient if trained."""
+        size = self._config.micro_batch_size
+
+        def compute(samples: Tensor) -> Prefix:
+            observation = rollout.inputs(samples.tolist()).observation
+            return self._policy.prefix(self._policy.processing.inputs(observation).to(self._device))
+
+        if not self._frozen_prefix:
+            return compute
+        with torch.no_grad():
+            parts = [compute(torch.arange(min(size, len(rollout))))]
+            if _bytes(parts[0]) / len(parts[0]) * len(rollout) > PREFIX_CACHE_BYTES:
+                return torch.no_grad()(compute)
+            parts += [compute(samples) for samples in torch.arange(len(rollout)).split(size)[1:]]
+        everything = concatenate(parts)
+        return lambda samples: everything.rows(samples.to(self._device))
+
+
+def _bytes(prefix: Prefix) -> int:
+    return sum(tensor.nbytes for pair in prefix.cache for tensor in pair)

@@ -1,0 +1,41 @@
+"""The env component: a Ray actor that owns simulations and never imports torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+import numpy as np
+
+from pi0rl.libero.plan import Episode
+from pi0rl.libero.slots import EpisodeResult, Look, SlotConfig, Slots
+
+
+class EnvWorker:
+    """``stages`` groups of ``slots`` simulations each; while one group is being inferred, another simulates."""
+
+    def __init__(self, config: SlotConfig, slots: int, stages: int) -> None:
+        # Ctrl-C reaches the whole foreground group; ending is the driver's business.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite refuses to be imported with the value that Ray sets
+        self._stages = [Slots(slots, config) for _ in range(stages)]
+
+    def start(self, stage: int, rows: Sequence[Episode], record: frozenset[int]) -> tuple[Look, int]:
+        """Begin a list of rows; returns the first look and how many slots are running."""
+        look = self._stages[stage].start(rows, record)
+        return look, look.running
+
+    def step(self, stage: int, actions: np.ndarray) -> tuple[Look, int]:
+        """Execute ``actions`` [M, C, 7]; returns the next look and how many slots are running."""
+        look = self._stages[stage].step(actions)
+        return look, look.running
+
+    def results(self) -> list[EpisodeResult]:
+        """The finished episodes of all stages, in no particular order."""
+        return [result for slots in self._stages for result in slots.results]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent since ``start`` on reset, simulate and render."""
+        keys = self._stages[0].seconds
+        return {key: sum(slots.seconds[key] for slots in self._stages) for key in keys}

@@ -1,0 +1,106 @@
+"""Playing a plan: env workers simulate, rollout workers act, the driver only passes references between them.
+
+The rows are dealt to (env worker, stage) cells before the first step and every cell is a chain of its own, so neither
+the order in which cells finish nor the load of the machine can change an outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from pi0rl.errors import UserError
+from pi0rl.libero.plan import Episode
+from pi0rl.libero.slots import EpisodeResult
+
+WAIT_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage of one env worker and the rollout worker that acts for it."""
+
+    env: Any
+    rollout: Any
+    env_index: int
+    stage: int
+
+
+def play(
+    cells: Sequence[Cell],
+    rows: Sequence[Episode],
+    record: frozenset[int] = frozenset(),
+    on_chunk: Callable[[int], None] = lambda running: None,
+) -> list[EpisodeResult]:
+    """Play every row once; returns the results in plan order.
+
+    Args:
+        cells: who plays; row i goes to cell i modulo their number.
+        rows: the plan.
+        record: plan indices whose video is kept.
+        on_chunk: called after every chunk with the number of slots still running.
+
+    Raises:
+        UserError: a worker died, was silent for too long, or not every row was completed.
+    """
+    shares = [rows[index :: len(cells)] for index in range(len(cells))]
+    running = [0] * len(cells)
+    pending: dict[Any, tuple[int, Any]] = {}
+
+    def submit(index: int, refs: Sequence[Any]) -> None:
+        look, count = refs
+        pending[count] = (index, look)
+
+    for index, (cell, share) in enumerate(zip(cells, shares, strict=True)):
+        if share:
+            submit(index, cell.env.start.options(num_returns=2).remote(cell.stage, share, record))
+    while pending:
+        count_ref = wait_for(list(pending), "the env workers' next chunk")
+        index, look = pending.pop(count_ref)
+        running[index] = fetch(count_ref, "an env worker")
+        on_chunk(sum(running))
+        cell = cells[index]
+        actions = cell.rollout.act.remote(look)
+        if running[index]:
+            submit(index, cell.env.step.options(num_returns=2).remote(cell.stage, actions))
+        else:
+            fetch(actions, "the rollout worker")  # it takes in the outcome of the last chunk
+    envs = {cell.env_index: cell.env for cell in cells}
+    results = [result for env in envs.values() for result in fetch(env.results.remote(), "an env worker")]
+    return _complete(results, rows)
+
+
+def _complete(results: list[EpisodeResult], rows: Sequence[Episode]) -> list[EpisodeResult]:
+    """``results`` in plan order; completed = planned, or the run fails."""
+    by_index = {result.index: result for result in results}
+    missing = [row.index for row in rows if row.index not in by_index]
+    if missing or len(results) != len(rows):
+        raise UserError(
+            f"{len(rows)} episodes planned, {len(results)} completed (missing: {missing[:5]}); run it again"
+        )
+    return [by_index[row.index] for row in rows]
+
+
+def wait_for(refs: list[Any], what: str) -> Any:
+    """The first of ``refs`` that is ready; a UserError that names ``what`` after WAIT_SECONDS of silence."""
+    ready, _ = ray.wait(refs, num_returns=1, timeout=WAIT_SECONDS, fetch_local=False)
+    if not ready:
+        raise UserError(f"waited {WAIT_SECONDS:.0f} s for {what}; is a worker stuck? Run the same command to resume")
+    return ready[0]
+
+
+def fetch(ref: Any, what: str) -> Any:
+    """The value of ``ref``; a worker's UserError as it is, a dead worker as one line."""
+    try:
+        return ray.get(wait_for([ref], what))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{what} died ({reason}); run the same command to go on from the last checkpoint") from error

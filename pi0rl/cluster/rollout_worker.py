@@ -1,0 +1,148 @@
+"""The rollout component: a Ray actor that turns looks into actions and keeps what training needs of them."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pi0rl.libero.plan import Episode
+from pi0rl.libero.slots import IDLE, Look, Played
+from pi0rl.observation import Observation
+from pi0rl.policy.checkpoints import load_policy
+from pi0rl.policy.sampling import Sample, SamplerConfig, episode_noise, sample, stack_noise
+from pi0rl.rl.config import RewardConfig
+from pi0rl.rl.trajectories import Trajectory, shape_rewards, step_dones
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names the randomness of a plan's episodes: noise depends on this, the episode and the chunk alone."""
+
+    seed: int
+    stream: int
+    iteration: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One look at one episode and what the policy made of it."""
+
+    observation: Observation
+    chain: np.ndarray
+    denoise_inds: np.ndarray
+    log_probs: np.ndarray
+    value: float
+
+
+@dataclass
+class _Recording:
+    """An episode in the making."""
+
+    chunks: list[_Chunk] = field(default_factory=list)
+    success: list[np.ndarray] = field(default_factory=list)
+
+
+class RolloutWorker:
+    """One copy of the policy, acting for the env workers that are wired to it."""
+
+    def __init__(self, checkpoint: Path, sampler: SamplerConfig, num_threads: int, device: str) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(True)
+        self._policy = load_policy(checkpoint).to(device).eval()
+        self._sampler = sampler
+        self._device = device
+        self._noise = NoiseKey(0, 0, 0)
+        self._mode: Literal["train", "eval"] = "eval"
+        self._recordings: dict[int, _Recording] = {}
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take over weights from the actor; the names may be a part of the policy's."""
+        own = self._policy.named_weights()
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+
+    def begin(self, noise: NoiseKey, mode: Literal["train", "eval"]) -> None:
+        """Before the first look of a plan; in mode ``train`` the episodes are recorded."""
+        self._noise, self._mode = noise, mode
+        self._recordings = {}
+
+    def act(self, look: Look) -> np.ndarray:
+        """Actions float64 [M, C, 7] for M slots (a fixed number, so that batching never changes a bit)."""
+        if self._mode == "train" and look.played is not None:
+            self._take_in(look.played)
+        if not look.running:
+            return np.zeros(0)
+        config, model = self._sampler, self._policy.config
+        shape = (config.num_steps + 1, model.action_horizon, model.action_dim)
+        noise = stack_noise(
+            [
+                episode_noise(*self._key(), max(int(episode), 0), int(chunk), shape)
+                for episode, chunk in zip(look.episode, look.chunk, strict=True)
+            ]
+        ).to(self._device)
+        inputs = self._policy.processing.inputs(look.observation).to(self._device)
+        drawn = sample(self._policy, inputs, noise, config, self._mode)
+        if self._mode == "train":
+            self._record(look, drawn)
+        actions = self._policy.processing.env_actions(drawn.actions.cpu(), look.observation)
+        return actions[:, : config.action_chunk]
+
+    def trajectories(
+        self, plan: tuple[Episode, ...], rewards: RewardConfig, max_episode_steps: int
+    ) -> list[Trajectory]:
+        """The recorded episodes of this worker; ``plan`` is the whole plan, rows by index."""
+        return [
+            _trajectory(recording, plan[index], rewards, max_episode_steps)
+            for index, recording in sorted(self._recordings.items())
+        ]
+
+    def _key(self) -> tuple[int, int, int]:
+        return self._noise.seed, self._noise.stream, self._noise.iteration
+
+    def _take_in(self, played: Played) -> None:
+        for episode, success in zip(played.episode, played.success, strict=True):
+            if episode != IDLE:
+                self._recordings[int(episode)].success.append(success)
+
+    def _record(self, look: Look, drawn: Sample) -> None:
+        chains, inds, log_probs, values = (
+            tensor.cpu().numpy() for tensor in (drawn.chains, drawn.denoise_inds, drawn.log_probs, drawn.values)
+        )
+        seen = look.observation
+        for row, episode in enumerate(look.episode):
+            if episode == IDLE:
+                continue
+            one = slice(row, row + 1)
+            observation = Observation(seen.base_image[one], seen.wrist_image[one], seen.state[one], seen.prompt[one])
+            chunk = _Chunk(observation, chains[row], inds[row], log_probs[row], float(values[row]))
+            self._recordings.setdefault(int(episode), _Recording()).chunks.append(chunk)
+
+
+def _trajectory(recording: _Recording, episode: Episode, rewards: RewardConfig, max_episode_steps: int) -> Trajectory:
+    chunks, success = recording.chunks, np.stack(recording.success)
+    seen = [chunk.observation for chunk in chunks]
+    return Trajectory(
+        episode=episode.index,
+        group=episode.group,
+        task=episode.task_id,
+        rewards=shape_rewards(success, rewards),
+        success=success,
+        dones=step_dones(success, max_episode_steps),
+        log_probs=np.stack([chunk.log_probs for chunk in chunks]),
+        values=np.array([chunk.value for chunk in chunks], dtype=np.float32),
+        chains=np.stack([chunk.chain for chunk in chunks]),
+        denoise_inds=np.stack([chunk.denoise_inds for chunk in chunks]),
+        observation=Observation(
+            np.concatenate([o.base_image for o in seen]),
+            np.concatenate([o.wrist_image for o in seen]),
+            np.concatenate([o.state for o in seen]),
+            tuple(prompt for o in seen for prompt in o.prompt),
+        ),
+    )

@@ -1,0 +1,53 @@
+"""One Ray session: started (or joined) for a stage, gone with it, whatever way the stage ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pi0rl.errors import UserError
+from pi0rl.params import ClusterParams
+
+# Ray reads these when it is imported: no usage reports, and no GPU variables changed for actors that asked for none.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextmanager
+def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
+    """Ray with room for ``cpus`` env workers: a local one on loopback, or the running one at ``cluster.address``.
+
+    Raises:
+        UserError: ``cluster.address`` does not answer, or it has fewer nodes than ``cluster.num_nodes``.
+    """
+    options = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+    if cluster.address:
+        try:
+            ray.init(address=cluster.address, **options)
+        except ConnectionError as error:
+            raise UserError(
+                f"cluster.address {cluster.address}: no Ray answers there; run `ray start --head` on that node first"
+            ) from error
+    else:
+        ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    try:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        if nodes < cluster.num_nodes:
+            raise UserError(
+                f"cluster.num_nodes is {cluster.num_nodes} but Ray has {nodes}; run `ray start --address ...` on the "
+                "others and set cluster.address"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def available_gpus() -> int:
+    """GPUs of the running Ray session."""
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -1,0 +1,48 @@
+"""Files and folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_directory(target: Path) -> Iterator[Path]:
+    """A new empty folder that takes the place of ``target`` when the block succeeds, and vanishes when it fails."""
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _flush(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _flush_one(target.parent)
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write ``text`` under a temporary name, flush it, rename it."""
+    temporary = target.with_name(f".{target.name}.partial")
+    temporary.write_text(text)
+    _flush_one(temporary)
+    temporary.replace(target)
+
+
+def _flush(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,217 @@
+"""Slots: simulations that play the rows of an episode plan chunk by chunk, each taking the next row when it is done.
+
+No padding and no waiting for a horizon. Which slot plays which row depends only on the plan and the policy's actions,
+never on timing, so a run can be repeated to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from pi0rl.libero.plan import Episode, episode_init_state, episode_task
+from pi0rl.libero.rendering import PROFILES, Renderer
+from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.suites import Task
+from pi0rl.observation import Observation
+
+IDLE = -1
+
+
+@dataclass(frozen=True)
+class SlotConfig:
+    """How episodes are played.
+
+    Attributes:
+        camera_size: pixels of both square images.
+        render_profile: a key of ``PROFILES``.
+        settle_steps: no-op steps after a reset (openpi: 10).
+        max_episode_steps: control steps per episode; None takes the task's own limit.
+        video_size: pixels of recorded third-person frames.
+        video_stride: control steps between recorded frames.
+    """
+
+    camera_size: int
+    render_profile: Literal["reference", "fast"]
+    settle_steps: int
+    max_episode_steps: int | None
+    video_size: int = 192
+    video_stride: int = 2
+
+
+@dataclass(frozen=True)
+class Played:
+    """The chunk that M slots have just executed; ``episode`` is IDLE where a slot executed none.
+
+    Attributes:
+        episode: int64 [M], plan indices.
+        success: bool [M, C], success after each control step; False after the episode's last step.
+        steps: int64 [M], control steps executed (the success step is the last one).
+        done: bool [M], the episode is over (success or step limit).
+    """
+
+    episode: np.ndarray
+    success: np.ndarray
+    steps: np.ndarray
+    done: np.ndarray
+
+
+@dataclass(frozen=True)
+class Look:
+    """What M slots show at a chunk boundary; rows of slots without an episode are zeros.
+
+    Attributes:
+        observation: M rows.
+        episode: int64 [M], plan index or IDLE.
+        chunk: int64 [M], how many chunks the episode has executed.
+        played: the chunk before, or None at the start.
+    """
+
+    observation: Observation
+    episode: np.ndarray
+    chunk: np.ndarray
+    played: Played | None
+
+    @property
+    def running(self) -> int:
+        """How many slots still have an episode."""
+        return int((self.episode != IDLE).sum())
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode ended; ``frames`` holds its recorded video (uint8 [n, size, size, 3]), if any."""
+
+    index: int
+    success: bool
+    steps: int
+    frames: np.ndarray | None = None
+
+
+@dataclass
+class _Slot:
+    """One slot and the episode it plays."""
+
+    simulation: Simulation | None = None
+    episode: Episode | None = None
+    chunks: int = 0
+    steps: int = 0
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+class Slots:
+    """M slots of one process. ``start`` a list of rows, then ``step`` with actions until no slot is running."""
+
+    def __init__(self, count: int, config: SlotConfig) -> None:
+        self._slots = [_Slot() for _ in range(count)]
+        self._config = config
+        self._renderer = Renderer(config.camera_size, PROFILES[config.render_profile])
+        self._video_renderer = Renderer(config.video_size, PROFILES[config.render_profile])
+        self._free: dict[tuple[Task, int], list[Simulation]] = {}
+        self._queue: deque[Episode] = deque()
+        self._record: frozenset[int] = frozenset()
+        self.results: list[EpisodeResult] = []
+        self.seconds = {"reset": 0.0, "simulate": 0.0, "render": 0.0}
+
+    def start(self, rows: Sequence[Episode], record: frozenset[int] = frozenset()) -> Look:
+        """Begin a list of rows; ``record`` names the plan indices whose video is kept."""
+        self._queue = deque(rows)
+        self._record = record
+        self.results = []
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        for slot in self._slots:
+            self._next_episode(slot)
+        return self._look(None)
+
+    def step(self, actions: np.ndarray) -> Look:
+        """Execute one chunk per running slot; ``actions`` is float [M, C, 7]."""
+        count, chunk_length = actions.shape[:2]
+        played = Played(
+            episode=np.array([IDLE if slot.episode is None else slot.episode.index for slot in self._slots]),
+            success=np.zeros((count, chunk_length), dtype=bool),
+            steps=np.zeros(count, dtype=np.int64),
+            done=np.zeros(count, dtype=bool),
+        )
+        for row, slot in enumerate(self._slots):
+            if slot.episode is None:
+                continue
+            success = self._execute(slot, actions[row])
+            played.success[row, : len(success)] = success
+            played.steps[row] = len(success)
+            if success[-1] or slot.steps >= self._limit(slot.episode):
+                played.done[row] = True
+                self._finish(slot, bool(success[-1]))
+                self._next_episode(slot)
+        return self._look(played)
+
+    def _limit(self, episode: Episode) -> int:
+        return self._config.max_episode_steps or episode_task(episode).max_episode_steps
+
+    def _execute(self, slot: _Slot, actions: np.ndarray) -> list[bool]:
+        """Step until success, the step limit or the chunk's end."""
+        assert slot.simulation is not None and slot.episode is not None
+        started = time.perf_counter()
+        success: list[bool] = []
+        for action in actions[: self._limit(slot.episode) - slot.steps]:
+            success.append(slot.simulation.step(action))
+            slot.steps += 1
+            if slot.episode.index in self._record and (slot.steps % self._config.video_stride == 0 or success[-1]):
+                slot.frames.append(self._frame(slot))
+            if success[-1]:
+                break
+        slot.chunks += 1
+        self.seconds["simulate"] += time.perf_counter() - started
+        return success
+
+    def _frame(self, slot: _Slot) -> np.ndarray:
+        assert slot.simulation is not None and slot.episode is not None
+        state = slot.simulation.render_state()
+        image = self._video_renderer.render(slot.simulation.task, slot.episode.seed, state, "agentview")
+        return image[::-1]  # LIBERO's images stand on their heads; people watch the video upright
+
+    def _finish(self, slot: _Slot, success: bool) -> None:
+        assert slot.episode is not None and slot.simulation is not None
+        frames = np.stack(slot.frames) if slot.frames else None
+        self.results.append(EpisodeResult(slot.episode.index, success, slot.steps, frames))
+        self._free[(slot.simulation.task, slot.episode.seed)].append(slot.simulation)
+        slot.simulation = slot.episode = None
+
+    def _next_episode(self, slot: _Slot) -> None:
+        if not self._queue:
+            return
+        started = time.perf_counter()
+        episode = self._queue.popleft()
+        task = episode_task(episode)
+        free = self._free.setdefault((task, episode.seed), [])
+        slot.simulation = free.pop() if free else Simulation(task, episode.seed)
+        slot.simulation.reset(episode_init_state(episode), self._config.settle_steps)
+        slot.episode, slot.chunks, slot.steps, slot.frames = episode, 0, 0, []
+        self.seconds["reset"] += time.perf_counter() - started
+
+    def _look(self, played: Played | None) -> Look:
+        started = time.perf_counter()
+        count, size = len(self._slots), self._config.camera_size
+        base = np.zeros((count, size, size, 3), dtype=np.uint8)
+        wrist = np.zeros_like(base)
+        state = np.zeros((count, 8), dtype=np.float32)
+        prompts = [""] * count
+        for row, slot in enumerate(self._slots):
+            if slot.simulation is None or slot.episode is None:
+                continue
+            task, render_state = slot.simulation.task, slot.simulation.render_state()
+            base[row] = self._renderer.render(task, slot.episode.seed, render_state, "agentview")
+            wrist[row] = self._renderer.render(task, slot.episode.seed, render_state, "robot0_eye_in_hand")
+            state[row] = slot.simulation.state()
+            prompts[row] = task.language
+        self.seconds["render"] += time.perf_counter() - started
+        return Look(
+            observation=Observation(base, wrist, state, tuple(prompts)),
+            episode=np.array([IDLE if slot.episode is None else slot.episode.index for slot in self._slots]),
+            chunk=np.array([slot.chunks for slot in self._slots]),
+            played=played,
+        )
