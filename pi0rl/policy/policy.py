@@ -1,0 +1,106 @@
+"""The policy: network, heads and processing, as one thing that is trained, stored and shipped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pi0rl.policy.config import Pi0Config
+from pi0rl.policy.critic import CriticConfig, NoiseHead, NoiseHeadConfig, ValueHead, pool_prefix
+from pi0rl.policy.initialise import initialise
+from pi0rl.policy.model import ModelInputs, Pi0, Prefix
+from pi0rl.policy.processing import Processing
+
+FROZEN_PREFIX = "paligemma_with_expert.paligemma."
+
+
+class Policy(nn.Module):
+    """pi0 with what surrounds it.
+
+    Attributes:
+        model: the network.
+        value_head, noise_head: None where their configuration is None.
+        processing: observations to inputs, and outputs to actions.
+    """
+
+    def __init__(
+        self,
+        config: Pi0Config,
+        processing: Processing,
+        critic: CriticConfig | None = None,
+        exploration: NoiseHeadConfig | None = None,
+    ):
+        super().__init__()
+        self.config, self.processing, self.critic_config, self.noise_config = config, processing, critic, exploration
+        self.model = Pi0(config)
+        self.value_head = None if critic is None else ValueHead(_critic_width(config, critic), critic.hidden)
+        self.noise_head = (
+            None if exploration is None else NoiseHead(config.expert.width, config.action_dim, exploration)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.action_in_proj.weight.device
+
+    def prefix(self, inputs: ModelInputs) -> Prefix:
+        """Run the VLM once for B observations, and pool the critic's features where the critic reads the prefix."""
+        critic = self.critic_config
+        if critic is None or critic.source == "expert":
+            return self.model.prefix(inputs)[0]
+        prefix, output = self.model.prefix(inputs, with_output=True)
+        assert output is not None
+        tokens_per_image = self.config.vision.num_patches
+        features = pool_prefix(output, prefix.mask, inputs.tokens.shape[1], tokens_per_image, critic)
+        if critic.append_state:
+            features = torch.cat((features, prefix.state.float()), dim=1)
+        return Prefix(prefix.cache, prefix.mask, prefix.state, features)
+
+    def value(self, prefix: Prefix, features: Tensor, action_chunk: int) -> Tensor:
+        """Value [B] from the prefix or from the expert's features [B, H, width] at one denoising step; 0 without critic."""
+        critic = self.critic_config
+        if critic is None or self.value_head is None:
+            return torch.zeros(len(features), device=features.device)
+        if critic.source == "prefix":
+            assert prefix.critic_features is not None, "this prefix was computed without critic features"
+            pooled = prefix.critic_features
+        else:
+            pooled = (features[:, :action_chunk] if critic.chunk_only else features).mean(1)
+        return self.value_head(pooled.detach() if critic.detach else pooled)
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """All parameters under openpi's and RLinf's names (the network's without ``model.``)."""
+        return {name.removeprefix("model."): parameter for name, parameter in self.named_parameters()}
+
+    def trainable_parameters(self, train_expert_only: bool) -> dict[str, nn.Parameter]:
+        """Select what is trained and freeze the rest; returns the selected, named as in ``named_weights``.
+
+        ``train_expert_only``: everything except the VLM (``paligemma_with_expert.paligemma.*``).
+        """
+        chosen = {}
+        for name, parameter in self.named_weights().items():
+            parameter.requires_grad_(not (train_expert_only and name.startswith(FROZEN_PREFIX)))
+            if parameter.requires_grad:
+                chosen[name] = parameter
+        return chosen
+
+
+def _critic_width(config: Pi0Config, critic: CriticConfig) -> int:
+    if critic.source == "expert":
+        return config.expert.width
+    return config.text.width + (config.state_dim if critic.append_state else 0)
+
+
+def create_policy(
+    config: Pi0Config,
+    processing: Processing,
+    seed: int,
+    critic: CriticConfig | None = None,
+    exploration: NoiseHeadConfig | None = None,
+) -> Policy:
+    """A policy with random weights for training from scratch, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = Policy(config, processing, critic, exploration)
+        initialise(policy.model)
+    return policy

@@ -1,0 +1,95 @@
+"""Tensors on disk: reading safetensors by memory map, checking them against a policy, writing atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pi0rl.errors import UserError
+from pi0rl.policy.policy import Policy
+
+_HEADS = ("value_head.", "noise_head.")
+
+
+def read_safetensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of all ``*.safetensors`` weight files in ``directory`` (one, or shards), memory mapped."""
+    single = directory / "model.safetensors"
+    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors file; expected model.safetensors or its shards")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from error
+    return tensors
+
+
+def policy_tensors(policy: Policy) -> dict[str, Tensor]:
+    """The policy's tensors under openpi's and RLinf's names, on the CPU."""
+    return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in policy.state_dict().items()}
+
+
+def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path, heads_optional: bool) -> None:
+    """Make ``tensors`` (openpi's names) the policy's weights without copying them, in the dtype they have.
+
+    A UserError names the first missing, unknown or misshapen key. With ``heads_optional`` a value or noise head that the
+    file lacks keeps its present weights.
+    """
+    own = {name.removeprefix("model."): name for name in policy.state_dict()}
+    for name, tensor in policy.state_dict().items():
+        short = name.removeprefix("model.")
+        if short not in tensors:
+            if heads_optional and short.startswith(_HEADS):
+                continue
+            raise UserError(f"{source}: weight {short} {list(tensor.shape)} is missing; is this the right variant?")
+        if tensors[short].shape != tensor.shape:
+            raise UserError(
+                f"{source}: weight {short} has shape {list(tensors[short].shape)}, expected {list(tensor.shape)}; "
+                "is this the right variant?"
+            )
+    unknown = sorted(set(tensors) - set(own))
+    if unknown:
+        raise UserError(
+            f"{source}: {len(unknown)} unknown weights, the first is {unknown[0]}; is this the right variant?"
+        )
+    policy.load_state_dict({own[name]: tensor for name, tensor in tensors.items()}, strict=False, assign=True)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def replaced_directory(directory: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; on success it takes the name ``directory`` in one rename, else it vanishes."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+            directory.rename(old)
+            temporary.rename(directory)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
