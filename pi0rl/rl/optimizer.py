@@ -1,0 +1,89 @@
+"""AdamW over an actor and a critic group, with the counters that resuming needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pi0rl.rl.config import OptimConfig
+
+
+class PolicyOptimizer:
+    """One AdamW with separate learning rates for the actor's and the critic's parameters.
+
+    Attributes:
+        steps: optimiser steps taken, the critic-only ones included.
+        actor_steps: those of them that moved the actor.
+    """
+
+    def __init__(
+        self, actor: Mapping[str, nn.Parameter], critic: Mapping[str, nn.Parameter], config: OptimConfig
+    ) -> None:
+        self.config = config
+        self.actor = dict(actor)
+        self.critic = dict(critic)
+        self.steps = 0
+        self.actor_steps = 0
+        groups = [{"params": list(self.actor.values()), "lr": config.lr}]
+        if self.critic:
+            groups.append({"params": list(self.critic.values()), "lr": config.value_lr})
+        self._adamw = torch.optim.AdamW(
+            groups,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad(set_to_none=True)
+
+    def step(self, actor_lr: float, value_lr: float, critic_only: bool) -> tuple[float, bool]:
+        """Clip the gradients' joint L2 norm to ``clip_grad`` and step, unless that norm is not finite.
+
+        Args:
+            critic_only: leave the actor as it is: no gradient, no momentum, no weight decay.
+
+        Returns:
+            The norm before clipping, and whether the step was taken.
+        """
+        if critic_only:
+            for parameter in self.actor.values():
+                parameter.grad = None
+        parameters = [*self.actor.values(), *self.critic.values()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
+        taken = bool(torch.isfinite(norm))
+        if taken:
+            for group, rate in zip(self._adamw.param_groups, (actor_lr, value_lr), strict=False):
+                group["lr"] = rate
+            self._adamw.step()
+            self.steps += 1
+            self.actor_steps += not critic_only
+        self.zero_grad()
+        return float(norm), taken
+
+    def forget(self) -> None:
+        """Drop Adam's moments (RLinf rebuilds its optimiser after the critic warm-up)."""
+        self._adamw.state.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors: two counters, and ``<parameter>/<exp_avg, exp_avg_sq or step>``."""
+        state = {"steps": torch.tensor(self.steps), "actor_steps": torch.tensor(self.actor_steps)}
+        for name, parameter in (self.actor | self.critic).items():
+            for key, value in self._adamw.state.get(parameter, {}).items():
+                state[f"{name}/{key}"] = value.detach().clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict`; a name that is not a parameter of this optimiser raises KeyError."""
+        parameters = self.actor | self.critic
+        self.forget()
+        for full_name, value in state.items():
+            name, _, key = full_name.rpartition("/")
+            if name:
+                parameter = parameters[name]
+                device = "cpu" if key == "step" else parameter.device
+                self._adamw.state[parameter][key] = value.detach().clone().to(device)
+        self.steps = int(state["steps"])
+        self.actor_steps = int(state["actor_steps"])

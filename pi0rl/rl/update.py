@@ -1,0 +1,229 @@
+"""One iteration's update: epochs over shuffled minibatches, with guards.
+
+Nothing here knows the policy: ``evaluate`` recomputes log-probs, values and entropy of the samples it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0rl.errors import UserError
+from pi0rl.rl import losses
+from pi0rl.rl.advantages import Batch
+from pi0rl.rl.config import AlgorithmConfig, UpdateConfig, effective
+from pi0rl.rl.optimizer import PolicyOptimizer
+from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+"""samples int64 [n] -> log-probs [n, S, C, E], values [n] or None, entropy [n] or None, with gradient."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: gradient norm before clipping, the two rates (0 while the actor waits for the critic),
+    whether it was taken (it is not when the norm is not finite)."""
+
+    grad_norm: float
+    actor_lr: float
+    value_lr: float
+    taken: bool
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """Attributes:
+    metrics: means over the update, names as logged.
+    steps: in order; a minibatch that ``target_kl`` stopped has none.
+    stopped_by_kl: whether ``target_kl`` ended the update early.
+    """
+
+    metrics: dict[str, float]
+    steps: tuple[Step, ...]
+    stopped_by_kl: bool
+
+
+@dataclass
+class _Tally:
+    """What the micro batches of an update add up to."""
+
+    metrics: list[tuple[float, losses.Metrics]] = field(default_factory=list)
+    moments: list[Tensor] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+def update(
+    evaluate: Evaluate, batch: Batch, optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int
+) -> UpdateReport:
+    """Train on ``batch`` for ``update_epoch`` epochs.
+
+    Deterministic given the parameters, the optimiser's state, ``config.seed`` and ``iteration``.
+
+    Args:
+        iteration: RL iteration, 0, 1, ...; decides shuffles, schedules and the critic warm-up.
+
+    Raises:
+        UserError: a ratio of the first minibatch is not 1 within ``ratio_tolerance``, or (``compat="rlinf"``) the
+            samples do not divide into minibatches.
+    """
+    settings = effective(config.algorithm)
+    tally = _Tally()
+    first_ratio_error, stopped = float("nan"), False
+    for minibatch in minibatches(len(batch), config, iteration):
+        critic_only = _critic_only(optimizer, config, iteration)
+        done = len(tally.metrics)
+        _accumulate_gradients(evaluate, batch, minibatch, settings, config.micro_batch_size, critic_only, tally)
+        fresh = tally.metrics[done:]
+        if done == 0:
+            first_ratio_error = max(float(metrics["max_log_ratio"]) for _, metrics in fresh)
+            _check_first_ratio(first_ratio_error, settings)
+        kl = sum(share * float(metrics["actor/approx_kl_k3"]) for share, metrics in fresh)
+        if settings.target_kl is not None and not critic_only and kl > settings.target_kl:
+            optimizer.zero_grad()
+            stopped = True
+            break
+        tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only))
+    return UpdateReport(_summary(tally, first_ratio_error, stopped), tuple(tally.steps), stopped)
+
+
+def minibatches(samples: int, config: UpdateConfig, iteration: int) -> list[Tensor]:
+    """Shuffled row numbers per optimiser step, all epochs. Minibatches of an epoch differ by at most one row."""
+    if samples == 0:
+        return []
+    epochs = config.algorithm.update_epoch
+    if config.algorithm.compat == "rlinf":
+        if samples % config.global_batch_size:
+            raise UserError(
+                f"actor.global_batch_size={config.global_batch_size}: must divide the {samples} samples of an "
+                "iteration with algorithm.compat=rlinf; choose a divisor"
+            )
+        generator = torch.Generator().manual_seed(config.seed)
+        once = torch.randperm(samples, generator=generator).split(config.global_batch_size)
+        return [rows for _ in range(epochs) for rows in once]
+    count = max(1, round(samples / config.global_batch_size))
+    minibatches = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([config.seed, iteration, epoch]).permutation(samples)
+        minibatches += [torch.from_numpy(rows) for rows in np.array_split(order, count)]
+    return minibatches
+
+
+def _critic_only(optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int) -> bool:
+    optim = config.optim
+    return bool(optimizer.critic) and (
+        iteration < optim.critic_warmup_iterations or optimizer.steps < optim.critic_warmup_steps
+    )
+
+
+def _accumulate_gradients(
+    evaluate: Evaluate,
+    batch: Batch,
+    minibatch: Tensor,
+    settings: AlgorithmConfig,
+    micro_batch_size: int,
+    critic_only: bool,
+    tally: _Tally,
+) -> None:
+    """Backward pass over one minibatch in parts, each weighted by its share of the rows."""
+    for rows in minibatch.split(micro_batch_size):
+        part = batch.rows(rows.to(batch.samples.device))
+        share = len(rows) / len(minibatch)
+        log_probs, values, entropy = evaluate(part.samples)
+        loss, metrics = _loss(part, log_probs, values, entropy, settings, critic_only)
+        (share * loss).backward()
+        tally.metrics.append((share, metrics))
+        if values is not None and part.returns is not None:
+            tally.moments.append(losses.explained_variance_moments(values[:, None], part.returns, part.mask))
+
+
+def _loss(
+    part: Batch,
+    log_probs: Tensor,
+    values: Tensor | None,
+    entropy: Tensor | None,
+    settings: AlgorithmConfig,
+    critic_only: bool,
+) -> tuple[Tensor, losses.Metrics]:
+    """``actor + critic - entropy_bonus * entropy + kl_beta * KL``; the critic's part alone during its warm-up."""
+    total, metrics = losses.actor_loss(log_probs, part.log_probs, part.advantages, part.mask, settings, part.weights)
+    with torch.no_grad():
+        log_ratio = losses.sum_to_level(log_probs - part.log_probs, "chunk_level")
+        valid = part.mask.any(dim=1)
+        metrics["max_log_ratio"] = (log_ratio.abs() * valid[:, None, None, None]).max()
+    if entropy is not None:
+        mean_entropy = losses.masked_mean(entropy[:, None], part.mask)
+        metrics["actor/entropy"] = mean_entropy.detach()
+        total = total - settings.entropy_bonus * mean_entropy
+    if settings.kl_beta > 0.0:
+        if part.ref_log_probs is None:
+            raise ValueError("algorithm.kl_beta > 0 needs the reference policy's log-probs in the batch")
+        new, reference = (losses.sum_to_level(x, settings.logprob_type) for x in (log_probs, part.ref_log_probs))
+        weight = None if part.weights is None else part.weights[:, :, None]
+        kl = losses.kl_estimate(new, reference, settings.kl_penalty).mean(dim=1)
+        ref_kl = losses.aggregate(kl, part.mask[:, :, None], weight)
+        metrics["actor/ref_kl"] = ref_kl.detach()
+        total = total + settings.kl_beta * ref_kl
+    if critic_only:
+        total = torch.zeros_like(total)
+        metrics["actor/policy_loss"] = total
+    if settings.loss_type == "actor_critic":
+        if values is None or part.values is None or part.returns is None:
+            raise ValueError("algorithm.loss_type=actor_critic needs values from the policy and in the batch")
+        value_loss, value_metrics = losses.critic_loss(
+            values[:, None], part.values, part.returns, part.mask, settings, part.weights
+        )
+        metrics |= value_metrics
+        total = total + value_loss
+    metrics["actor/loss"] = total.detach()
+    return total, metrics
+
+
+def _check_first_ratio(error: float, settings: AlgorithmConfig) -> None:
+    tolerance = settings.ratio_tolerance
+    if tolerance is not None and not error <= tolerance:
+        raise UserError(
+            f"first minibatch: |log ratio| reaches {error:.3g} before any optimiser step, expected at most "
+            f"algorithm.ratio_tolerance={tolerance:g}; the update does not recompute what the rollout sampled: check "
+            "that both use the same weights, precision and inputs"
+        )
+
+
+def _optimizer_step(optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int, critic_only: bool) -> Step:
+    compat = config.algorithm.compat == "rlinf"
+    factor = learning_rate_factor(config.optim, iteration, clamp=not compat)
+    actor_lr = config.optim.lr * factor * adam_warmup_factor(config.optim, optimizer.actor_steps)
+    value_lr = config.optim.value_lr * factor
+    norm, taken = optimizer.step(actor_lr, value_lr, critic_only)
+    if compat and critic_only and not _critic_only(optimizer, config, iteration):
+        optimizer.forget()
+    return Step(norm, 0.0 if critic_only else actor_lr, value_lr, taken)
+
+
+def _summary(tally: _Tally, first_ratio_error: float, stopped: bool) -> dict[str, float]:
+    """Means over micro batches (by share of their minibatch) and over optimiser steps."""
+    summary: dict[str, float] = {}
+    total_share = sum(share for share, _ in tally.metrics)
+    for name in tally.metrics[0][1] if tally.metrics else ():
+        if "/" in name:
+            summary[name] = sum(share * float(metrics[name]) for share, metrics in tally.metrics) / total_share
+    taken = [step for step in tally.steps if step.taken]
+    summary |= {
+        "actor/grad_norm": _mean([step.grad_norm for step in taken]),
+        "actor/lr": _mean([step.actor_lr for step in taken]),
+        "actor/optimizer_steps": float(len(taken)),
+        "actor/skipped_steps": float(len(tally.steps) - len(taken)),
+        "actor/stopped_by_kl": float(stopped),
+        "actor/first_ratio_error": first_ratio_error,
+    }
+    if tally.moments:
+        summary["critic/lr"] = _mean([step.value_lr for step in taken])
+        summary["critic/explained_variance"] = losses.explained_variance(tally.moments)
+    return summary
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else float("nan")
