@@ -1,0 +1,84 @@
+"""What the earlier stages left in the folder of a run, read once and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pi0rl.errors import UserError
+from pi0rl.evaluation.statistics import require_complete
+
+STAGES: tuple[str, ...] = ("demos", "sft", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Wall time of one stage: seconds, and its start as an ISO 8601 time (empty if not recorded)."""
+
+    stage: str
+    seconds: float
+    started: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        directory: the folder of the run.
+        params: the text of its frozen params file.
+        episodes: one row per policy and episode (`pi0rl.evaluation.statistics.EPISODE_COLUMNS`), complete.
+        metrics: one row per training iteration; empty without training.
+        timing: ``time/*`` and ``perf/*``, one row per training iteration; empty without training.
+        sft_metrics: one row per logged step of imitation; empty without imitation.
+        stages: wall times in the order the stages ran.
+    """
+
+    directory: Path
+    params: str
+    episodes: pd.DataFrame
+    metrics: pd.DataFrame
+    timing: pd.DataFrame
+    sft_metrics: pd.DataFrame
+    stages: tuple[StageTime, ...]
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run whose evaluation is finished.
+
+    Raises:
+        UserError: params or episode table are missing, or the table supports no conclusion.
+    """
+    table, params = directory / "evaluate" / "episodes.parquet", directory / "params.yaml"
+    for path, stage in ((params, "run"), (table, "evaluate")):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, expected the output of an earlier stage; run `pi0rl {stage}` first")
+    episodes = pd.read_parquet(table)
+    planned = {str(split): int(rows["index"].to_numpy().max()) + 1 for split, rows in episodes.groupby("split")}
+    require_complete(episodes, planned, source=str(table))
+    return Run(
+        directory=directory,
+        params=params.read_text(encoding="utf-8"),
+        episodes=episodes.sort_values(["policy", "split", "index"], ignore_index=True),
+        metrics=_read_csv(directory / "train" / "metrics.csv"),
+        timing=_read_csv(directory / "train" / "timing.csv"),
+        sft_metrics=_read_csv(directory / "sft" / "metrics.csv"),
+        stages=tuple(_stage_times(directory)),
+    )
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+
+def _stage_times(directory: Path) -> list[StageTime]:
+    times = []
+    for stage in STAGES:
+        path = directory / stage / "timing.json"
+        if path.is_file():
+            timing = json.loads(path.read_text(encoding="utf-8"))
+            times.append(StageTime(stage, float(timing["seconds"]), str(timing.get("started", ""))))
+    return times

@@ -1,0 +1,247 @@
+"""The report of a small, made-up but complete run folder, down to the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pandas as pd
+import pytest
+
+from pi0rl.errors import UserError
+from pi0rl.report.page import write_report
+from pi0rl.report.plots import inline, learning_charts
+from pi0rl.report.tables import summarise
+
+_OBJECTS = ("alphabet soup", "cream cheese", "salad dressing", "bbq sauce", "ketchup")
+_RATES = {"sft": {"libero_object": 0.5, "libero_spatial": 0.7}, "ppo": {"libero_object": 0.85, "libero_spatial": 0.5}}
+
+
+def make_run(run: Path, episodes_per_task: int = 10, seconds: float = 100.0) -> Path:
+    """A run folder as the stages leave it: two suites of five tasks, better on one, worse on the other."""
+    for stage in ("demos", "sft", "train", "evaluate"):
+        (run / stage).mkdir(parents=True)
+        started = "2025-01-01T10:00:00+00:00"
+        (run / stage / "timing.json").write_text(json.dumps({"seconds": seconds, "started": started}))
+    (run / "params.yaml").write_text("seed: 0\nsuites: [libero_object, libero_spatial]\n")
+    (run / "sft" / "model.safetensors").write_bytes(b"sft weights")
+    (run / "train" / "model.safetensors").write_bytes(b"ppo weights")
+    _write_curves(run)
+    _episodes(run, episodes_per_task).to_parquet(run / "evaluate" / "episodes.parquet")
+    return run
+
+
+def _write_curves(run: Path) -> None:
+    iteration = np.arange(20)
+    noise = np.random.default_rng(0).normal(size=(4, 20))
+    metrics = {
+        "iteration": iteration,
+        "env/success_once": 0.4 + 0.4 * (1 - np.exp(-iteration / 8)) + 0.02 * noise[0],
+        "env/episode_len": 110 - iteration + noise[1],
+        "actor/approx_kl": np.where(iteration == 0, np.nan, 0.03 + 0.005 * noise[2]),
+        "critic/explained_variance": 0.5 * (1 - np.exp(-iteration / 3)) + 0.02 * noise[3],
+        "env/episodes": np.full(20, 80),
+        "env/steps": np.full(20, 8000),
+    }
+    pd.DataFrame(metrics).to_csv(run / "train" / "metrics.csv", index=False)
+    timing = {"iteration": iteration, "time/rollout": np.full(20, 20.0), "perf/env_steps_per_s": np.full(20, 400.0)}
+    pd.DataFrame(timing).to_csv(run / "train" / "timing.csv", index=False)
+    step = np.arange(0, 1100, 50)
+    pd.DataFrame({"step": step, "sft/loss": np.exp(-step / 400)}).to_csv(run / "sft" / "metrics.csv", index=False)
+
+
+def _episodes(run: Path, episodes_per_task: int) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    rows = []
+    for policy, rates in _RATES.items():
+        index = 0
+        for suite, rate in rates.items():
+            for task_id, name in enumerate(_OBJECTS):
+                for init_state_id in range(episodes_per_task):
+                    success = bool(rng.random() < rate)
+                    video = ""
+                    if init_state_id < 2 and task_id < 3:
+                        video = f"videos/{policy}_{suite}_{task_id}_{init_state_id}.mp4"
+                        _write_video(run / "evaluate" / video, success)
+                    rows.append(
+                        {
+                            "policy": policy,
+                            "split": "held_out",
+                            "index": index,
+                            "suite": suite,
+                            "task_id": task_id,
+                            "task": f"pick_up_the_{name.replace(' ', '_')}",
+                            "language": f"pick up the {name} & place it in the basket",
+                            "init_state_id": init_state_id,
+                            "state_hash": f"{suite}-{task_id}-{init_state_id}",
+                            "seed": 0,
+                            "success_once": success,
+                            "success_at_end": success,
+                            "steps": 90 if success else 280,
+                            "error": "",
+                            "video": video,
+                        }
+                    )
+                    index += 1
+    return pd.DataFrame(rows)
+
+
+def _write_video(path: Path, success: bool) -> None:
+    path.parent.mkdir(exist_ok=True)
+    ramp = np.linspace(0, 1, 64)
+    frames = [np.stack([np.outer(ramp, np.roll(ramp, 4 * t))] * 3, axis=-1) for t in range(8)]
+    colour = np.array([60, 200, 160] if success else [200, 120, 60])
+    iio.imwrite(path, (np.stack(frames) * colour).astype(np.uint8), fps=10, codec="libx264")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> Path:
+    folder = run.parent / "reports" / "small"
+    write_report(run, folder, "small")
+    return folder
+
+
+def test_results_count_the_episode_table(run: Path, report: Path) -> None:
+    episodes = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    results = json.loads((report / "results.json").read_text())
+    assert [(r["policy"], r["suite"]) for r in results["rows"]] == [
+        (policy, suite) for policy in ("sft", "ppo") for suite in ("libero_spatial", "libero_object")
+    ]
+    for row in results["rows"]:
+        chosen = episodes[(episodes["policy"] == row["policy"]) & (episodes["suite"] == row["suite"])]
+        assert (row["split"], row["k"], row["n"]) == ("held_out", chosen["success_once"].sum(), 50)
+        low, high = row["wilson"]
+        assert low < row["k"] / row["n"] < high
+    gained = {k: sum(r["k"] for r in results["rows"] if r["policy"] == k) for k in ("sft", "ppo")}
+    assert results["gained"] - results["lost"] == gained["ppo"] - gained["sft"]
+    assert 0 < results["mcnemar_p"] <= 1
+    assert sum(task["counts"]["ppo"][0] for task in results["tasks"]) == gained["ppo"]
+    assert [r["suite"] for r in results["regressions"]] == ["libero_spatial"]
+    assert len(results["checkpoints_sha256"]) == 2
+
+
+def test_equal_runs_give_equal_reports_but_for_the_times(report: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    write_report(make_run(tmp_path / "run", seconds=250.0), again, "small")
+    assert (again / "results.json").read_bytes() == (report / "results.json").read_bytes()
+    for name in ("learning.svg", "tasks_held_out.svg"):
+        assert (again / name).read_bytes() == (report / name).read_bytes()
+    first, second = ((folder / "report.md").read_text().split("\n## This run\n") for folder in (report, again))
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+def test_the_page_stands_alone_and_has_no_name_twice(report: Path) -> None:
+    page = (report / "index.html").read_text()
+    assert len(page.encode()) < 20e6
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    assert "url(http" not in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    assert page.count("<video ") == 2 * len(re.findall('class="card pair"', page)) > 0
+    assert all("aria-label=" in tag for tag in re.findall(r"<(?:video|svg) [^>]*>", page))
+    assert "&amp; place it" in page
+
+
+def test_markdown_shows_existing_files_and_whole_tables(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (report / target).is_file(), target
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) >= 6
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_charts_take_the_colours_of_the_page(run: Path) -> None:
+    charts = learning_charts(pd.read_csv(run / "train" / "metrics.csv"))
+    assert [chart.description.split(":")[0] for chart in charts] == [
+        "Success of training episodes",
+        "Episode length (steps)",
+        "Approximate KL per update",
+        "Explained variance of the critic",
+    ]
+    svg = inline(charts[0])
+    assert "var(--trained)" in svg
+    assert "DejaVu" not in svg
+    assert not re.search(r"#[0-9a-f]{6}\b(?!\))", svg.replace("#ffffff", ""))
+
+
+def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    (bare / "evaluate").mkdir(parents=True)
+    shutil.copy(run / "params.yaml", bare)
+    episodes = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    episodes[episodes["policy"] == "sft"].assign(video="").to_parquet(bare / "evaluate" / "episodes.parquet")
+    write_report(bare, tmp_path / "report", "bare")
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["mcnemar_p"] is None
+    assert "#learning" not in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_refused_run_leaves_the_old_report_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    broken, folder = tmp_path / "broken", tmp_path / "reports" / "small"
+    shutil.copytree(run, broken)
+    write_report(broken, folder, "small")
+    before = (folder / "results.json").read_bytes()
+    (broken / "evaluate" / "videos" / "ppo_libero_object_0_0.mp4").unlink()
+    with pytest.raises(UserError, match=r"ppo_libero_object_0_0\.mp4: no such file"):
+        write_report(broken, folder, "small")
+    episodes = pd.read_parquet(broken / "evaluate" / "episodes.parquet")
+    episodes.iloc[:-1].to_parquet(broken / "evaluate" / "episodes.parquet")
+    with pytest.raises(UserError, match="99 episodes completed, 100 planned"):
+        write_report(broken, folder, "small")
+    (broken / "evaluate" / "episodes.parquet").unlink()
+    with pytest.raises(UserError, match="run `pi0rl evaluate` first"):
+        write_report(broken, folder, "small")
+    assert (folder / "results.json").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+def test_a_folder_that_is_no_report_is_never_replaced(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no report"):
+        write_report(run, tmp_path, "small")
+    blocked = tmp_path / "thesis.tex" / "report"
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(run, blocked, "small")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_summary_orders_as_the_published_table(run: Path) -> None:
+    episodes = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    grpo = episodes[episodes["policy"] == "ppo"].assign(policy="grpo")
+    official = pd.concat([episodes, grpo]).assign(split="official")
+    summary = summarise(pd.concat([official, episodes, grpo]))
+    assert summary.policies == ("sft", "ppo", "grpo")
+    assert summary.splits == ("held_out", "official")
+    assert summary.suites == ("libero_spatial", "libero_object")
+    assert summary.headline is not None
+    assert (summary.headline.after, summary.headline.split) == ("ppo", "held_out")
+
+
+def test_chromium_opens_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    command = [
+        chromium,
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,844", "--virtual-time-budget=2000"),
+        *("--dump-dom", (report / "index.html").as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    # The script ran: it wrote the label of the theme button.
+    assert re.search(r'<button id="theme"[^>]*aria-label="Switch to', done.stdout)
