@@ -9,20 +9,27 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from pi0rl.errors import UserError
+from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+STRICT = ConfigDict(extra="forbid")
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 class Section(BaseModel):
@@ -49,7 +56,11 @@ class FetchParams(Section):
 
 
 class SftParams(Section):
-    """Imitation by flow matching (openpi's recipe: AdamW, warm-up, cosine decay)."""
+    """Imitation by flow matching (openpi's recipe: AdamW, warm-up, cosine decay from ``lr`` to ``min_lr``).
+
+    With ``target_success`` the success on official init states is measured every ``val_check_interval`` steps from
+    ``val_check_start`` on, and imitation ends as soon as it is reached: a mediocre start for RL, whatever the seed.
+    """
 
     steps: Positive = 1000
     batch_size: Positive = 32
@@ -58,10 +69,12 @@ class SftParams(Section):
     warmup_steps: NonNegative = 50
     weight_decay: Rate = 1e-4
     clip_grad: Rate = 1.0
-    ema_decay: Fraction | None = None
-    image_shift: NonNegative = 2
-    save_interval: Positive = 200
+    image_shift: NonNegative = 0
     num_threads: Positive = 2
+    target_success: Fraction | None = None
+    val_check_start: Positive = 600
+    val_check_interval: Positive = 100
+    val_episodes_per_task: Positive = 4
 
 
 class ClusterParams(Section):
@@ -94,8 +107,6 @@ class EnvTrainParams(Section):
     max_episode_steps: Positive = 240
     split: Literal["official", "held_out"] = "official"
     init_state_ids: tuple[NonNegative, NonNegative] = (0, 50)
-    use_rel_reward: bool = True
-    use_step_penalty: bool = False
 
 
 class EnvEvalParams(Section):
@@ -126,20 +137,9 @@ class ModelParams(Section):
     precision: Literal["fp32", "bf16"] | None = None
 
 
-class OptimParams(Section):
+@dataclass(frozen=True, config=STRICT)
+class OptimParams(OptimConfig):
     """AdamW over two parameter groups: the policy at ``lr``, the value head at ``value_lr``."""
-
-    lr: Rate = 5e-6
-    value_lr: Rate = 1e-4
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
-    adam_eps: Rate = 1e-8
-    weight_decay: Rate = 0.01
-    clip_grad: Rate = 1.0
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
-    lr_warmup_steps: NonNegative = 0
-    min_lr_rate: Fraction = 0.1
-    critic_warmup_iterations: NonNegative = 0
 
 
 class ActorParams(Section):
@@ -168,29 +168,15 @@ class OpenpiParams(Section):
     detach_critic_input: bool = True
 
 
-class AlgorithmParams(Section):
+@dataclass(frozen=True, config=STRICT)
+class AlgorithmParams(AlgorithmConfig, RewardConfig):
     """PPO (``adv_type: gae``) or GRPO (``adv_type: grpo``).
 
     Left out, ``adv_type`` is gae with a value head and grpo without; ``group_size`` is 1 for gae and 8 for grpo.
+    An iteration plays ``rollout_epoch`` x ``env.train.total_num_envs`` episodes.
     """
 
-    adv_type: Literal["gae", "grpo"]
     rollout_epoch: Positive = 8
-    update_epoch: Positive = 4
-    group_size: Positive
-    gamma: Fraction = 0.99
-    gae_lambda: Fraction = 0.95
-    reward_coef: float = 1.0
-    clip_ratio_low: Rate = 0.2
-    clip_ratio_high: Rate = 0.2
-    clip_ratio_c: float | None = 3.0
-    value_clip: Rate = 0.2
-    huber_delta: Rate = 10.0
-    entropy_bonus: Rate = 0.0
-    filter_rewards: bool = False
-    rewards_lower_bound: float = 0.1
-    rewards_upper_bound: float = 0.9
-    target_kl: Rate | None = None
 
 
 class LoggerParams(Section):
@@ -233,7 +219,7 @@ class Params(Section):
     rollout: RolloutParams = RolloutParams()
     actor: ActorParams = ActorParams()
     openpi: OpenpiParams = OpenpiParams()
-    algorithm: AlgorithmParams
+    algorithm: AlgorithmParams = AlgorithmParams()
     runner: RunnerParams = RunnerParams()
     video_cfg: VideoParams = VideoParams()
     evaluation: EvaluationParams = EvaluationParams()
@@ -245,7 +231,12 @@ class Params(Section):
         if not isinstance(algorithm, dict) or not isinstance(openpi, dict):
             return tree
         adv_type = algorithm.get("adv_type", "gae" if openpi.get("add_value_head", True) else "grpo")
-        chosen = {"adv_type": adv_type, "group_size": 1 if adv_type == "gae" else 8}
+        gae = adv_type == "gae"
+        chosen = {
+            "adv_type": adv_type,
+            "loss_type": "actor_critic" if gae else "actor",
+            "group_size": 1 if gae else 8,
+        }
         return {**tree, "algorithm": {**chosen, **algorithm}}
 
     @model_validator(mode="after")
@@ -260,8 +251,6 @@ class Params(Section):
                 raise ValueError(f"{key} is {value} but {other} is {expected}: make them equal or leave {key} out")
         if self.algorithm.adv_type == "gae" and not openpi.add_value_head:
             raise ValueError("algorithm.adv_type gae needs openpi.add_value_head: true (or use adv_type: grpo)")
-        if self.algorithm.adv_type == "grpo" and self.algorithm.group_size < 2:
-            raise ValueError("algorithm.adv_type grpo needs algorithm.group_size of 2 or more")
         episodes = train.total_num_envs * self.algorithm.rollout_epoch
         if episodes % self.algorithm.group_size:
             raise ValueError(
@@ -299,6 +288,8 @@ def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
         return Params.model_validate(_only_keys_of(tree, resolved))
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def dump_params(params: Params) -> str:
@@ -365,10 +356,10 @@ def _only_keys_of(tree: Any, resolved: Any) -> Any:
 def _explain(error: ValidationError) -> str:
     """The first problem as one line: key, what is wrong, what was expected, the nearest key."""
     problems = error.errors()
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problem = next((p for p in problems if p["type"] in UNKNOWN_KEY), problems[0])
     key = ".".join(str(part) for part in problem["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in UNKNOWN_KEY:
         known = _keys_beside(problem["loc"])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
@@ -381,9 +372,9 @@ def _explain(error: ValidationError) -> str:
 
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     """The keys the schema knows in the section that holds ``loc``."""
-    section: type[BaseModel] = Params
+    section: Any = Params
     for part in loc[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = getattr(annotation, "__args__", (annotation,))
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return sorted(section.model_fields)
+        annotation = get_type_hints(section)[str(part)]
+        candidates = get_args(annotation) or (annotation,)
+        section = next(c for c in candidates if is_dataclass(c) or (isinstance(c, type) and issubclass(c, BaseModel)))
+    return sorted(field.name for field in fields(section)) if is_dataclass(section) else sorted(section.model_fields)

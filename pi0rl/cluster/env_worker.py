@@ -11,6 +11,9 @@ import numpy as np
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult, Look, SlotConfig, Slots
 
+# Episodes finished and slots running: all that the driver looks at; looks and actions pass it by reference.
+Status = tuple[int, int]
+
 
 class EnvWorker:
     """``stages`` groups of ``slots`` simulations each; while one group is being inferred, another simulates."""
@@ -21,15 +24,16 @@ class EnvWorker:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite refuses to be imported with the value that Ray sets
         self._stages = [Slots(slots, config) for _ in range(stages)]
 
-    def start(self, stage: int, rows: Sequence[Episode], record: frozenset[int]) -> tuple[Look, int]:
-        """Begin a list of rows; returns the first look and how many slots are running."""
-        look = self._stages[stage].start(rows, record)
-        return look, look.running
+    def start(self, stage: int, rows: Sequence[Episode], record: frozenset[int]) -> tuple[Look, Status]:
+        """Begin a list of rows; returns the first look."""
+        return self._with_status(stage, self._stages[stage].start(rows, record))
 
-    def step(self, stage: int, actions: np.ndarray) -> tuple[Look, int]:
-        """Execute ``actions`` [M, C, 7]; returns the next look and how many slots are running."""
-        look = self._stages[stage].step(actions)
-        return look, look.running
+    def step(self, stage: int, actions: np.ndarray) -> tuple[Look, Status]:
+        """Execute ``actions`` [M, C, 7]; returns the next look."""
+        return self._with_status(stage, self._stages[stage].step(actions))
+
+    def _with_status(self, stage: int, look: Look) -> tuple[Look, Status]:
+        return look, (len(self._stages[stage].results), look.running)
 
     def results(self) -> list[EpisodeResult]:
         """The finished episodes of all stages, in no particular order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from torch import Tensor
 
 from pi0rl.cluster.env_worker import EnvWorker
 from pi0rl.cluster.placement import Placement
@@ -87,12 +85,12 @@ class Players:
         noise: NoiseKey,
         mode: Literal["train", "eval"],
         record: frozenset[int] = frozenset(),
-        on_chunk: Callable[[int], None] = lambda running: None,
+        on_episodes: Callable[[int], None] = lambda finished: None,
     ) -> list[EpisodeResult]:
         """Play every row of ``plan`` once; results in plan order."""
         for done in [rollout.begin.remote(noise, mode) for rollout in self._rollouts]:
             fetch(done, "a rollout worker")
-        return play(self._cells, plan, record, on_chunk)
+        return play(self._cells, plan, record, on_episodes)
 
     def trajectories(self, plan: Sequence[Episode], rewards: RewardConfig, max_episode_steps: int) -> list[Any]:
         """References to the trajectories of the plan just played, one list per rollout worker."""
@@ -122,8 +120,3 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

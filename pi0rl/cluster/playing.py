@@ -34,7 +34,7 @@ def play(
     cells: Sequence[Cell],
     rows: Sequence[Episode],
     record: frozenset[int] = frozenset(),
-    on_chunk: Callable[[int], None] = lambda running: None,
+    on_episodes: Callable[[int], None] = lambda finished: None,
 ) -> list[EpisodeResult]:
     """Play every row once; returns the results in plan order.
 
@@ -42,30 +42,30 @@ def play(
         cells: who plays; row i goes to cell i modulo their number.
         rows: the plan.
         record: plan indices whose video is kept.
-        on_chunk: called after every chunk with the number of slots still running.
+        on_episodes: called now and then with the number of episodes finished so far.
 
     Raises:
         UserError: a worker died, was silent for too long, or not every row was completed.
     """
     shares = [rows[index :: len(cells)] for index in range(len(cells))]
-    running = [0] * len(cells)
+    finished = [0] * len(cells)
     pending: dict[Any, tuple[int, Any]] = {}
 
     def submit(index: int, refs: Sequence[Any]) -> None:
-        look, count = refs
-        pending[count] = (index, look)
+        look, status = refs
+        pending[status] = (index, look)
 
     for index, (cell, share) in enumerate(zip(cells, shares, strict=True)):
         if share:
             submit(index, cell.env.start.options(num_returns=2).remote(cell.stage, share, record))
     while pending:
-        count_ref = wait_for(list(pending), "the env workers' next chunk")
-        index, look = pending.pop(count_ref)
-        running[index] = fetch(count_ref, "an env worker")
-        on_chunk(sum(running))
+        status = wait_for(list(pending), "the env workers' next chunk")
+        index, look = pending.pop(status)
+        finished[index], running = fetch(status, "an env worker")
+        on_episodes(sum(finished))
         cell = cells[index]
         actions = cell.rollout.act.remote(look)
-        if running[index]:
+        if running:
             submit(index, cell.env.step.options(num_returns=2).remote(cell.stage, actions))
         else:
             fetch(actions, "the rollout worker")  # it takes in the outcome of the last chunk

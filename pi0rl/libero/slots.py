@@ -154,7 +154,8 @@ class Slots:
 
     def _execute(self, slot: _Slot, actions: np.ndarray) -> list[bool]:
         """Step until success, the step limit or the chunk's end."""
-        assert slot.simulation is not None and slot.episode is not None
+        assert slot.simulation is not None
+        assert slot.episode is not None
         started = time.perf_counter()
         success: list[bool] = []
         for action in actions[: self._limit(slot.episode) - slot.steps]:
@@ -169,13 +170,15 @@ class Slots:
         return success
 
     def _frame(self, slot: _Slot) -> np.ndarray:
-        assert slot.simulation is not None and slot.episode is not None
+        assert slot.simulation is not None
+        assert slot.episode is not None
         state = slot.simulation.render_state()
         image = self._video_renderer.render(slot.simulation.task, slot.episode.seed, state, "agentview")
         return image[::-1]  # LIBERO's images stand on their heads; people watch the video upright
 
     def _finish(self, slot: _Slot, success: bool) -> None:
-        assert slot.episode is not None and slot.simulation is not None
+        assert slot.simulation is not None
+        assert slot.episode is not None
         frames = np.stack(slot.frames) if slot.frames else None
         self.results.append(EpisodeResult(slot.episode.index, success, slot.steps, frames))
         self._free[(slot.simulation.task, slot.episode.seed)].append(slot.simulation)

@@ -104,3 +104,18 @@ def create_policy(
         policy = Policy(config, processing, critic, exploration)
         initialise(policy.model)
     return policy
+
+
+def with_heads(
+    policy: Policy, critic: CriticConfig | None, exploration: NoiseHeadConfig | None, seed: int
+) -> Policy:
+    """The same network and processing with fresh heads for RL; heads that the policy has in this very form are kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        equipped = Policy(policy.config, policy.processing, critic, exploration)
+    equipped.model.load_state_dict(policy.model.state_dict())
+    if policy.value_head is not None and equipped.value_head is not None and policy.critic_config == critic:
+        equipped.value_head.load_state_dict(policy.value_head.state_dict())
+    if policy.noise_head is not None and equipped.noise_head is not None and policy.noise_config == exploration:
+        equipped.noise_head.load_state_dict(policy.noise_head.state_dict())
+    return equipped

@@ -1,0 +1,85 @@
+"""From validated params to the settings of the cluster's components."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pi0rl.cluster.loop import LoopConfig
+from pi0rl.cluster.players import PlayersConfig
+from pi0rl.libero.slots import SlotConfig
+from pi0rl.params import EnvEvalParams, EnvTrainParams, Params
+from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.sampling import SamplerConfig
+from pi0rl.rl.config import UpdateConfig
+
+# The tiny policy's features are 128 wide; RLinf's (512, 256, 128) is made for 1024.
+TINY_CRITIC = (128, 64)
+
+
+def critic_config(params: Params) -> CriticConfig | None:
+    """The value head that ``openpi`` asks for."""
+    openpi = params.openpi
+    if not openpi.add_value_head:
+        return None
+    tiny = params.actor.model.variant == "tiny"
+    pi05 = params.actor.model.variant == "pi05"
+    return CriticConfig(
+        source="prefix" if openpi.value_after_vlm else "expert",
+        hidden=TINY_CRITIC if tiny else (1024, 512, 256) if pi05 else (512, 256, 128),
+        detach=openpi.detach_critic_input,
+        matches_rollout=params.algorithm.compat == "none",
+        pooling="mean_valid" if params.algorithm.compat == "none" else "mean_token",
+        append_state=openpi.value_after_vlm and params.algorithm.compat == "none",
+    )
+
+
+def noise_config(params: Params) -> NoiseHeadConfig | None:
+    """The noise head of ``flow_noise``."""
+    return NoiseHeadConfig() if _method(params) == "flow_noise" else None
+
+
+def sampler_config(params: Params) -> SamplerConfig:
+    """How actions are drawn."""
+    model, openpi = params.actor.model, params.openpi
+    return SamplerConfig(
+        method=_method(params),
+        num_steps=model.num_steps,
+        action_chunk=model.num_action_chunks,
+        env_action_dim=model.action_dim,
+        noise_level=openpi.noise_level,
+        stochastic="joint" if openpi.joint_logprob else "all" if openpi.stochastic_steps == "all" else "single",
+    )
+
+
+def _method(params: Params) -> Literal["flow_ode", "flow_sde", "flow_cps", "flow_noise"]:
+    method = params.openpi.noise_method
+    return "flow_noise" if method == "reinflow" else method
+
+
+def players_config(params: Params, env: EnvTrainParams | EnvEvalParams) -> PlayersConfig:
+    """The players of training (its own step limit) or of evaluation (each suite's)."""
+    limit = env.max_episode_steps if isinstance(env, EnvTrainParams) else None
+    slot = SlotConfig(params.env.camera_size, params.env.render_profile, params.env.settle_steps, limit)
+    stages = params.rollout.pipeline_stage_num
+    return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params))
+
+
+def loop_config(params: Params) -> LoopConfig:
+    """The training run."""
+    algorithm, env, actor = params.algorithm, params.env.train, params.actor
+    return LoopConfig(
+        suites=params.suites,
+        split=env.split,
+        init_state_ids=range(*env.init_state_ids),
+        episodes=env.total_num_envs * algorithm.rollout_epoch,
+        group_size=algorithm.group_size,
+        iterations=params.runner.max_epochs,
+        max_episode_steps=env.max_episode_steps,
+        seed=params.seed,
+        scene_seed=params.env.seed,
+        save_interval=params.runner.save_interval,
+        train_expert_only=params.openpi.train_expert_only,
+        num_threads=actor.num_threads,
+        rewards=algorithm,
+        update=UpdateConfig(algorithm, actor.optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
+    )
