@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from goldens import golden, golden_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pi0rl.rl import losses
 from pi0rl.rl.advantages import compute_advantages, normalise
 from pi0rl.rl.config import AlgorithmConfig, OptimConfig, UpdateConfig
+from pi0rl.rl.metrics import RLINF_NAMES
 from pi0rl.rl.schedules import learning_rate_factor
 from pi0rl.rl.update import minibatches
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(os.environ.get("PI0RL_GOLDEN", ROOT / "../shared/golden/public"))
 pytestmark = pytest.mark.golden
 
-
-def cases(folder: str) -> list:
-    """One test parameter per ``<case>.json`` of the folder; a skipped one where the fixtures are absent."""
-    names = sorted(path.stem for path in (GOLDEN / folder).glob("*.json"))
-    absent = pytest.param("", marks=pytest.mark.skip(reason=f"no fixtures at {GOLDEN / folder}; set PI0RL_GOLDEN"))
-    return [pytest.param(name, id=name) for name in names] or [absent]
+LOGGED_AS = {theirs: ours for ours, theirs in RLINF_NAMES.items()}
+MOMENTS = ("count", "returns_sum", "returns_sq_sum", "errors_sum", "errors_sq_sum")
 
 
-def load(folder: str, case: str) -> tuple[dict, dict[str, Tensor]]:
-    stem = GOLDEN / folder / case
-    return json.loads(stem.with_suffix(".json").read_text()), load_file(stem.with_suffix(".safetensors"))
+def load(case: str) -> tuple[dict, dict[str, Tensor]]:
+    settings = json.loads(golden(f"{case}.json").read_text())
+    assert settings["error"] is None
+    return settings, load_file(golden(f"{case}.safetensors"))
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -48,11 +43,10 @@ def algorithm(adv_type: str, **keys: object) -> AlgorithmConfig:
     return AlgorithmConfig(adv_type=adv_type, loss_type="actor_critic" if adv_type == "gae" else "actor", **keys)
 
 
-@pytest.mark.parametrize("name", cases("algos/adv"))
+@pytest.mark.parametrize("name", golden_cases("algos/adv/*.json"))
 def test_advantages(name: str) -> None:
-    settings, arrays = load("algos/adv", name)
+    settings, arrays = load(name)
     case = settings["case"]
-    assert settings["error"] is None
     rewards, dones, values = (
         fold_epochs(arrays[f"raw.{key}"], case["rollout_epoch"]) for key in ("rewards", "dones", "prev_values")
     )
@@ -82,25 +76,9 @@ def test_advantages(name: str) -> None:
         close(result.returns - values[:-1], arrays["out.unnormalized_advantages"], 1e-5)
 
 
-RLINF_METRICS = {
-    "actor/policy_loss": "actor/policy_loss",
-    "actor/policy_loss_abs": "actor/policy_loss_abs",
-    "actor/ratio": "actor/ratio",
-    "actor/ratio_abs": "actor/ratio_abs",
-    "actor/clipped_ratio": "actor/clipped_ratio",
-    "actor/dual_cliped_ratio": "actor/dual_clipped_ratio",
-    "actor/approx_kl": "actor/approx_kl",
-    "actor/clip_fraction": "actor/pg_clipfrac",
-    "critic/value_loss": "actor/value_loss",
-    "actor/entropy_loss": "actor/entropy",
-}
-MOMENTS = ("count", "returns_sum", "returns_sq_sum", "errors_sum", "errors_sq_sum")
-
-
-@pytest.mark.parametrize("name", cases("algos/loss"))
+@pytest.mark.parametrize("name", golden_cases("algos/loss/*.json"))
 def test_losses(name: str) -> None:
-    settings, arrays = load("algos/loss", name)
-    assert settings["error"] is None
+    settings, arrays = load(name)
     options = settings["options"]
     inputs = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
     shared = ("logprob_type", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "value_clip", "huber_delta")
@@ -145,7 +123,7 @@ def compare_metrics(ours: dict, reference: dict, tolerance: float) -> None:
     for theirs, value in reference.items():
         if theirs != "critic/value_clip_ratio" and not theirs.startswith("__sum__"):
             torch.testing.assert_close(
-                float(ours[RLINF_METRICS[theirs]]),
+                float(ours[LOGGED_AS[theirs]]),
                 value,
                 atol=tolerance,
                 rtol=tolerance,
@@ -153,16 +131,8 @@ def compare_metrics(ours: dict, reference: dict, tolerance: float) -> None:
             )
 
 
-@pytest.fixture(scope="module")
-def small() -> dict[str, Tensor]:
-    path = GOLDEN / "algos/small.safetensors"
-    if not path.exists():
-        pytest.skip(f"no fixtures at {path}; set PI0RL_GOLDEN")
-    return load_file(path)
-
-
-def test_small_functions(small: dict[str, Tensor]) -> None:
-    arrays = dict(small)
+def test_small_functions() -> None:
+    arrays = load_file(golden("algos/small.safetensors"))
     x, mask, ratio, values = (arrays.pop(key) for key in ("x", "mask", "ratio", "ev_values"))
     nothing, everything = torch.zeros_like(mask), torch.ones_like(mask)
     close(losses.masked_mean(x, mask), arrays.pop("masked_mean"), 1e-6)
@@ -202,9 +172,8 @@ def check_shuffle(arrays: dict[str, Tensor]) -> None:
         close(arrays.pop(key).flatten(0, 1)[:count][order], arrays.pop(key.replace("_in", "_out")), 0)
 
 
-@pytest.mark.skipif(not (GOLDEN / "rl_sampler_pi05/lr_schedule.json").exists(), reason=f"no fixtures at {GOLDEN}")
 def test_learning_rate_schedule() -> None:
-    for case in json.loads((GOLDEN / "rl_sampler_pi05/lr_schedule.json").read_text()):
+    for case in json.loads(golden("rl_sampler_pi05/lr_schedule.json").read_text()):
         config = OptimConfig(
             lr_scheduler=case["lr_scheduler"],
             lr_warmup_steps=case["num_warmup_steps"],

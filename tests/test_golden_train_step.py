@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from goldens import golden, golden_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,43 +21,22 @@ from pi0rl.policy.sampling import SamplerConfig, evaluate_chains
 from pi0rl.policy.weights import assign
 from pi0rl.rl.advantages import make_batch
 from pi0rl.rl.config import AlgorithmConfig, OptimConfig, UpdateConfig
+from pi0rl.rl.metrics import RLINF_NAMES
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.trajectories import Rollout, Trajectory
 from pi0rl.rl.update import Evaluate, update
 
-GOLDEN = Path(os.environ.get("PI0RL_GOLDEN", Path(__file__).parents[1] / "../shared/golden/public"))
 pytestmark = pytest.mark.golden
 
 VLM = "paligemma_with_expert.paligemma."
 IGNORED_KEYS = {"loss_agg_func", "entropy_type"}
-METRICS = {
-    "actor/policy_loss": "actor/policy_loss",
-    "actor/policy_loss_abs": "actor/policy_loss_abs",
-    "actor/ratio": "actor/ratio",
-    "actor/ratio_abs": "actor/ratio_abs",
-    "actor/clipped_ratio": "actor/clipped_ratio",
-    "actor/dual_cliped_ratio": "actor/dual_clipped_ratio",
-    "actor/approx_kl": "actor/approx_kl",
-    "actor/clip_fraction": "actor/pg_clipfrac",
-    "actor/entropy_loss": "actor/entropy",
-    "actor/grad_norm": "actor/grad_norm",
-    "actor/lr": "actor/lr",
-    "critic/value_loss": "actor/value_loss",
-    "critic/lr": "critic/lr",
-    "critic/explained_variance": "critic/explained_variance",
-}
-
-
-def cases() -> list:
-    found = sorted(path.relative_to(GOLDEN).with_suffix("") for path in GOLDEN.glob("train_step*/*.json"))
-    absent = pytest.param("", marks=pytest.mark.skip(reason=f"no train_step fixtures at {GOLDEN}; set PI0RL_GOLDEN"))
-    return [pytest.param(str(case), id=str(case)) for case in found] or [absent]
+LOGGED_AS = {theirs: ours for ours, theirs in RLINF_NAMES.items()}
 
 
 def start_policy(folder: str, model: dict) -> Policy:
     """The policy the reference started from: pi0 or pi0.5, with heads as the case has them."""
     pi05 = folder == "train_step_pi05"
-    weights = GOLDEN / ("rl_sampler_pi05/vlm_value" if pi05 else "openpi_tiny")
+    weights = golden("rl_sampler_pi05/vlm_value" if pi05 else "openpi_tiny")
     sizes = json.loads((weights / "config.json").read_text())["sizes"]
     vision = {"mlp_dim" if key == "intermediate_size" else key: value for key, value in sizes["vision"].items()}
     config = Pi0Config(
@@ -81,7 +59,7 @@ def start_policy(folder: str, model: dict) -> Policy:
     tensors = load_file(weights / "model.safetensors")
     tensors[VLM + "model.language_model.embed_tokens.weight"] = tensors.pop(VLM + "lm_head.weight")
     del tensors["paligemma_with_expert.gemma_expert.lm_head.weight"]
-    heads = load_file((weights if pi05 else GOLDEN / "rl_sampler") / "heads.safetensors")
+    heads = load_file((weights if pi05 else golden("rl_sampler")) / "heads.safetensors")
     critic = CriticConfig(
         source="prefix" if model.get("value_after_vlm") else "expert",
         hidden=hidden_widths(heads, "value_head."),
@@ -169,10 +147,10 @@ def evaluator(policy: Policy, rollout: Rollout, prompts: dict[str, Tensor], samp
     return evaluate
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", golden_cases("train_step*/*.json"))
 def test_train_step(case: str) -> None:
-    reference = json.loads((GOLDEN / f"{case}.json").read_text())
-    arrays = load_file(GOLDEN / f"{case}.safetensors")
+    reference = json.loads(golden(f"{case}.json").read_text())
+    arrays = load_file(golden(f"{case}.safetensors"))
     cfg, model = reference["cfg"], reference["model_cfg"]
     actor, env = cfg["actor"], cfg["env"]["train"]
     config = UpdateConfig(
@@ -216,7 +194,7 @@ def test_train_step(case: str) -> None:
     )
     expected.pop("critic/value_clip_ratio", None)
     for theirs, value in expected.items():
-        assert report.metrics[METRICS[theirs]] == pytest.approx(value, rel=2e-3, abs=1e-4), theirs
+        assert report.metrics[LOGGED_AS[theirs]] == pytest.approx(value, rel=2e-3, abs=1e-4), theirs
     compare_updates(trainable, before, arrays, reference["trainable"])
 
 
