@@ -45,8 +45,7 @@ def reference_environment(bddl_file: Path, **options: Any) -> Any:
 def write_task(environment: Any, directory: Path) -> None:
     """Write the physics-only model, the full model's XML and the indices, all independent of the seed."""
     xml = environment.env.model.get_xml()
-    full = mujoco.MjModel.from_xml_string(xml)
-    physics = physics_only(xml, full)
+    physics = physics_only(xml, environment.env.sim.model._model)
     _write_atomically(directory / "full.xml", xml.encode())
     binary = np.empty(mujoco.mj_sizeModel(physics), np.uint8)
     mujoco.mj_saveModel(physics, None, binary)
@@ -84,8 +83,9 @@ def _copy_constants(full: mujoco.MjModel, physics: mujoco.MjModel, kept: np.ndar
     """Take every number that the dynamics read from the full model, so that no rounding of the compiler is left."""
     groups = ("body_", "jnt_", "dof_", "site_", "actuator_", "tendon_", "eq_", "qpos", "geom_")
     structural = ("body_geom", "body_bvh", "geom_dataid", "geom_matid", "geom_plugin", "site_matid")
+    per_seed = ("body_pos", "body_quat", "site_rgba")
     for name in dir(full):
-        if not name.startswith(groups) or name.startswith(structural):
+        if not name.startswith(groups) or name.startswith(structural) or name in per_seed:
             continue
         value = getattr(full, name)
         if isinstance(value, np.ndarray) and value.size:
@@ -204,7 +204,7 @@ def _joint_test(base: Any, physics: mujoco.MjModel, predicate: str, subject: Any
 
 
 def _threshold(test: Any, candidates: list[float]) -> tuple[float, bool, bool]:
-    """Where a one-sided test of a joint position flips: threshold, whether larger values pass, whether it passes itself."""
+    """Where a one-sided joint test flips: threshold, whether larger values pass, whether it passes itself."""
     for value in candidates:
         below, above = test(math.nextafter(value, -math.inf)), test(math.nextafter(value, math.inf))
         if below != above:

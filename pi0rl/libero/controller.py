@@ -106,7 +106,10 @@ class Sensors(NamedTuple):
 
 
 def rotation_quaternion(rotation: np.ndarray) -> np.ndarray:
-    """Axis-angle [3] (rad) to a quaternion [4] xyzw; plain numpy, since its sine differs from libm's in the last bit."""
+    """Axis-angle [3] (rad) to a quaternion [4] xyzw.
+
+    Plain numpy like the reference: its sine can differ from libm's, which compiled code would call, in the last bit.
+    """
     angle = np.linalg.norm(rotation)
     if math.isclose(angle, 0.0):
         return np.array([0.0, 0.0, 0.0, 1.0])

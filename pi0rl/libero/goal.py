@@ -7,6 +7,7 @@ beside the model, and repeats the arithmetic of LIBERO's predicate with numpy: s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -100,16 +101,18 @@ def goal_reached(goal: tuple[GoalTest, ...], model: mujoco.MjModel, data: mujoco
     return all(test.holds(model, data) for test in goal)
 
 
-def goal_to_json(goal: tuple[GoalTest, ...]) -> list[dict]:
+def goal_to_json(goal: tuple[GoalTest, ...]) -> list[dict[str, Any]]:
     return [{"test": type(test).__name__, **asdict(test)} for test in goal]
 
 
-def goal_from_json(entries: list[dict]) -> tuple[GoalTest, ...]:
+def goal_from_json(entries: list[dict[str, Any]]) -> tuple[GoalTest, ...]:
     return tuple(test_from_json(entry) for entry in entries)
 
 
-def test_from_json(entry: dict) -> GoalTest:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key != "test"}
+def test_from_json(entry: dict[str, Any]) -> GoalTest:
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key != "test"
+    }
     return _TESTS[entry["test"]](**fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -234,10 +235,9 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     return quaternion[:3] * 2.0 * np.arccos(w) / sine
 
 
-def _indices(robot: dict) -> controller.Indices:
-    return controller.Indices(
-        **{name: np.array(value, np.int64) if isinstance(value, list) else value for name, value in robot.items()}
-    )
+def _indices(robot: dict[str, Any]) -> controller.Indices:
+    arrays = {name: np.array(value, np.int64) for name, value in robot.items() if isinstance(value, list)}
+    return controller.Indices(grip_site=robot["grip_site"], hand_body=robot["hand_body"], **arrays)
 
 
 def _physics(model: mujoco.MjModel, data: mujoco.MjData) -> controller.Physics:
