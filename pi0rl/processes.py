@@ -1,0 +1,151 @@
+"""Processes that never outlive the one that started them, and signals as an exception.
+
+Three rules hold everywhere: a child lives in its own session, so that a terminal's Ctrl-C reaches only the outermost
+process; a child receives SIGTERM when its parent dies, however it dies; and before a process leaves, it stops whatever
+it started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+# Time a child has to shut Ray or the simulators down before it is killed; Ray takes about 2 s.
+GRACE_SECONDS = 20.0
+
+_LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
+_PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; not an Exception, so that no ``except Exception`` swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def raise_on_signals() -> None:
+    """Turn the first SIGINT or SIGTERM into Interrupted; later ones are ignored, so that cleaning up can finish."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies (Linux); nothing on systems without prctl."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_child(
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    on_line: Callable[[str], None] | None,
+    send: Callable[[int, int], None],
+) -> int:
+    """Run ``command`` to its end and return its exit code (128 + n after signal n); leave no descendant behind.
+
+    Args:
+        command: program and arguments.
+        cwd: working directory of the child.
+        environment: variables laid over this process's own.
+        on_line: called with each line of the child's output as it appears; None lets the child write to our own output.
+        send: how an interruption is handed on: ``os.kill`` to the child alone, ``os.killpg`` to its whole group.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=None if on_line is None else subprocess.PIPE,
+        stderr=None if on_line is None else subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        if on_line is not None and process.stdout is not None:
+            for line in process.stdout:
+                on_line(line.rstrip("\n"))
+        code = process.wait()
+    except BaseException:
+        _interrupt(process, send)
+        raise
+    finally:
+        stop_session(process.pid)
+    return code if code >= 0 else 128 - code
+
+
+def stop_session(session: int) -> None:
+    """Kill every process of ``session``: what a child left behind in its own session."""
+    strays = [p for p in psutil.process_iter() if _session_of(p) == session]
+    _stop(strays, grace=0.0)
+
+
+def stop_descendants() -> None:
+    """Stop all processes below this one: SIGTERM, then SIGKILL after a few seconds."""
+    _stop(psutil.Process().children(recursive=True), grace=5.0)
+
+
+def _interrupt(process: subprocess.Popen[str], send: Callable[[int, int], None]) -> None:
+    """Hand an interruption on, wait for the child to clean up, kill it and its descendants if it does not."""
+    descendants = _descendants(process.pid)
+    deadline = time.monotonic() + GRACE_SECONDS
+    try:
+        send(process.pid, signal.SIGINT)
+        while process.poll() is None and time.monotonic() < deadline:
+            # an unread pipe would block a child that still writes while it cleans up
+            if process.stdout is not None:
+                os.set_blocking(process.stdout.fileno(), False)
+                process.stdout.buffer.read()
+            time.sleep(0.05)
+    except ProcessLookupError:
+        pass  # it ended by itself in the meantime
+    _stop([*descendants, *_descendants(process.pid)], grace=0.0)
+    process.kill()
+    process.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _stop(processes: Sequence[psutil.Process], grace: float) -> None:
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout=grace)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=5.0)
+
+
+def _signal(process: psutil.Process, signum: int) -> None:
+    try:
+        process.send_signal(signum)
+    except psutil.NoSuchProcess:
+        pass  # it ended by itself in the meantime
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except (ProcessLookupError, PermissionError):
+        return None
