@@ -28,6 +28,7 @@ def save_policy(policy: Policy, directory: Path) -> None:
     """Write the policy; ``directory`` appears complete or not at all, and replaces what was there."""
     with replaced_directory(directory) as temporary:
         save_file({name: t.contiguous() for name, t in policy_tensors(policy).items()}, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes files private
         tokenizer = _write_tokenizer(policy.processing.tokenizer, temporary)
         processing = {name: getattr(policy.processing, name) for name in Processing.__dataclass_fields__}
         config = {

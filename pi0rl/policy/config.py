@@ -74,9 +74,8 @@ class Pi0Config:
                     f"policy config: text.{field} is {text}, expert.{field} is {expert}; they must be equal"
                 )
         if self.vision.image_size % self.vision.patch_size:
-            raise UserError(
-                f"policy config: image_size {self.vision.image_size} is no multiple of patch_size {self.vision.patch_size}"
-            )
+            size, patch = self.vision.image_size, self.vision.patch_size
+            raise UserError(f"policy config: image_size {size} is no multiple of patch_size {patch}")
 
     @property
     def suffix_len(self) -> int:
@@ -97,8 +96,8 @@ PI05 = Pi0Config(
 # without zero padding, and a vocabulary of LIBERO's own words (see tokenizer.WordTokenizer).
 TINY = Pi0Config(
     vision=VisionConfig(width=128, depth=2, mlp_dim=256, num_heads=4, patch_size=16, image_size=64),
-    text=TransformerConfig(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
-    expert=TransformerConfig(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+    text=TransformerConfig(width=128, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=32),
+    expert=TransformerConfig(width=128, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=32),
     vocab_size=128,
     max_token_len=24,
     action_dim=7,

@@ -86,7 +86,7 @@ class ValueHead(nn.Module):
 
 @dataclass(frozen=True)
 class NoiseHeadConfig:
-    """flow_noise: standard deviations are learned between two bounds (RLinf's ``noise_logvar_range`` holds these stds)."""
+    """flow_noise: standard deviations learned between two bounds (RLinf's ``noise_logvar_range``, which holds stds)."""
 
     std_range: tuple[float, float] = (0.08, 0.16)
     hidden: tuple[int, ...] = (128, 64)

@@ -1,6 +1,6 @@
 """pi0 and pi0.5: images, words and state in; a velocity field over action chunks out.
 
-Conventions (openpi): time t = 1 is noise, t = 0 is data; x_t = t * noise + (1 - t) * actions; velocity = noise - actions.
+Conventions (openpi): t = 1 is noise, t = 0 is data; x_t = t * noise + (1 - t) * actions; velocity = noise - actions.
 Parameter names are those of openpi's PyTorch checkpoints.
 """
 
@@ -204,7 +204,7 @@ class Pi0(nn.Module):
         return torch.cat((self.state_proj(state.to(torch.float32))[:, None], actions), dim=1), None
 
     def velocity(self, prefix: Prefix, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity float32 [B, H, action_dim] at x_t [B, H, action_dim], time [B]; and the expert's features [B, H, width]."""
+        """Velocity float32 [B, H, action_dim] at x_t (same shape) and time [B]; the expert's features [B, H, width]."""
         tokens, condition = self.embed_suffix(prefix.state, x_t, time)
         allowed, positions = self._suffix_layout(prefix.mask)
         bias = attention_bias(allowed, self.config.expert.queries_per_key)

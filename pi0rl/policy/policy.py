@@ -33,10 +33,8 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.processing, self.critic_config, self.noise_config = config, processing, critic, exploration
         self.model = Pi0(config)
-        self.value_head = None if critic is None else ValueHead(_critic_width(config, critic), critic.hidden)
-        self.noise_head = (
-            None if exploration is None else NoiseHead(config.expert.width, config.action_dim, exploration)
-        )
+        self.value_head = _value_head(config, critic)
+        self.noise_head = _noise_head(config, exploration)
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +55,7 @@ class Policy(nn.Module):
         return Prefix(prefix.cache, prefix.mask, prefix.state, features)
 
     def value(self, prefix: Prefix, features: Tensor, action_chunk: int) -> Tensor:
-        """Value [B] from the prefix or from the expert's features [B, H, width] at one denoising step; 0 without critic."""
+        """Value [B] from the prefix, or the expert's features [B, H, width] at one denoising step; 0 without critic."""
         critic = self.critic_config
         if critic is None or self.value_head is None:
             return torch.zeros(len(features), device=features.device)
@@ -85,10 +83,16 @@ class Policy(nn.Module):
         return chosen
 
 
-def _critic_width(config: Pi0Config, critic: CriticConfig) -> int:
+def _value_head(config: Pi0Config, critic: CriticConfig | None) -> ValueHead | None:
+    if critic is None:
+        return None
     if critic.source == "expert":
-        return config.expert.width
-    return config.text.width + (config.state_dim if critic.append_state else 0)
+        return ValueHead(config.expert.width, critic.hidden)
+    return ValueHead(config.text.width + (config.state_dim if critic.append_state else 0), critic.hidden)
+
+
+def _noise_head(config: Pi0Config, exploration: NoiseHeadConfig | None) -> NoiseHead | None:
+    return None if exploration is None else NoiseHead(config.expert.width, config.action_dim, exploration)
 
 
 def create_policy(
@@ -106,16 +110,14 @@ def create_policy(
     return policy
 
 
-def with_heads(
-    policy: Policy, critic: CriticConfig | None, exploration: NoiseHeadConfig | None, seed: int
-) -> Policy:
-    """The same network and processing with fresh heads for RL; heads that the policy has in this very form are kept."""
+def with_heads(policy: Policy, critic: CriticConfig | None, exploration: NoiseHeadConfig | None, seed: int) -> Policy:
+    """The same network (shared, not copied) with heads for RL: its own if of this very form, else fresh."""
+    with torch.device("meta"):
+        result = Policy(policy.config, policy.processing, critic, exploration)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        equipped = Policy(policy.config, policy.processing, critic, exploration)
-    equipped.model.load_state_dict(policy.model.state_dict())
-    if policy.value_head is not None and equipped.value_head is not None and policy.critic_config == critic:
-        equipped.value_head.load_state_dict(policy.value_head.state_dict())
-    if policy.noise_head is not None and equipped.noise_head is not None and policy.noise_config == exploration:
-        equipped.noise_head.load_state_dict(policy.noise_head.state_dict())
-    return equipped
+        value_head, noise_head = _value_head(policy.config, critic), _noise_head(policy.config, exploration)
+    result.model = policy.model
+    result.value_head = policy.value_head if policy.critic_config == critic else value_head
+    result.noise_head = policy.noise_head if policy.noise_config == exploration else noise_head
+    return result.to(policy.device)

@@ -1,6 +1,6 @@
 """LIBERO observations to network inputs, and network outputs to actions. It is stored inside every checkpoint.
 
-A policy that differs in one of these steps acts at 0 %, so each exists here once, the 180-degree image rotation included.
+A policy that differs in one of these steps acts at 0 %, so each exists once, here; the image rotation too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Normalisation:
     """Per-dimension statistics and how they are applied.
 
     Attributes:
-        method: ``mean_std``: first = mean, second = std; ``quantile``: first = 1st, second = 99th percentile, to [-1, 1].
+        method: ``mean_std``: first = mean, second = std; ``quantile``: percentiles 1 and 99, mapped to [-1, 1].
         convention: ``openpi``: float64, 1e-6 added to every scale; ``lerobot``: float32, 1e-8 on std going in only, and
             on a quantile range of zero.
     """
@@ -80,7 +80,7 @@ def mean_std(values: np.ndarray) -> Normalisation:
 
 
 def resize_pil(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [B, h, w, 3] -> uint8 [B, size, size, 3], aspect kept, black borders; Pillow's bilinear (openpi's and RLinf's)."""
+    """uint8 [B, h, w, 3] -> uint8 [B, size, size, 3], aspect kept, black borders; Pillow's bilinear (openpi, RLinf)."""
     height, width = images.shape[1:3]
     if (height, width) == (size, size):
         return images
@@ -182,7 +182,7 @@ class Processing:
         return raw
 
     def targets(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """LIBERO actions [B, H, 7] and raw states [B, 8] -> what the network should predict, float64 [B, H, action_dim]."""
+        """LIBERO actions [B, H, 7] and raw states [B, 8] -> what the network predicts, float64 [B, H, action_dim]."""
         actions = actions.astype(np.float64)
         if self.delta_actions:
             actions[..., :_DELTA_DIMS] -= state[:, None, :_DELTA_DIMS]
@@ -200,7 +200,7 @@ def _zero_pad(x: np.ndarray, width: int) -> np.ndarray:
 def tiny_processing(
     config: Pi0Config, state_norm: Normalisation, action_norm: Normalisation, prompts: tuple[str, ...]
 ) -> Processing:
-    """Processing of a policy trained from scratch on the tasks with these prompts: built-in tokenizer, no padding to spare."""
+    """Processing of a policy trained from scratch on tasks with these prompts; its tokens end with the longest."""
     tokenizer = WordTokenizer()
     no_state = np.zeros(0)
     longest = max(len(prompt_ids(tokenizer, "text", prompt, no_state)) for prompt in prompts)

@@ -1,7 +1,7 @@
 """From noise to actions in K denoising steps, some of them stochastic, and the probability of what was drawn.
 
-Time runs from 1 (noise) to 0 (actions) on the grid tau_k = 1 - k/K. With the velocity v at (x_k, tau_k) the predicted ends are
-data = x - v t and noise = x + v (1 - t); a step is  x_{k+1} = w_data * data + w_noise * noise + std * N(0, I).
+Time runs from 1 (noise) to 0 (actions) on the grid tau_k = 1 - k/K. With the velocity v at (x_k, tau_k) the predicted
+ends are data = x - v t and noise = x + v (1 - t); a step is  x_{k+1} = w_data * data + w_noise * noise + std * N(0, I).
 Samplers: flow_ode, flow_sde and flow_noise (piRL), flow_cps (coefficient-preserving sampling).
 """
 
@@ -20,6 +20,7 @@ from pi0rl.policy.model import ModelInputs, Prefix
 from pi0rl.policy.policy import Policy
 
 Method = Literal["flow_ode", "flow_sde", "flow_cps", "flow_noise"]
+BATCH_MULTIPLE = 8
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -63,7 +64,7 @@ def annealed_noise_level(start: float, end: float, over: int, step: int) -> floa
 
 @dataclass(frozen=True)
 class EpisodeNoise:
-    """All randomness of one look: normal float32 [K + 1, H, D] (x_T, then one per step) and a uniform in [0, 1) for k*."""
+    """Randomness of one look: normal float32 [K + 1, H, D] (x_T, then one per step), a uniform in [0, 1) for k*."""
 
     normal: np.ndarray
     uniform: float
@@ -97,6 +98,10 @@ class SamplingNoise:
         """The same on another device."""
         return SamplingNoise(self.initial.to(device), self.steps.to(device), self.uniform.to(device))
 
+    def rows(self, index: Tensor) -> SamplingNoise:
+        """The looks at ``index`` (int64 or bool)."""
+        return SamplingNoise(self.initial[index], self.steps[index], self.uniform[index])
+
 
 def stack_noise(rows: list[EpisodeNoise]) -> SamplingNoise:
     """One row per observation of the batch."""
@@ -122,6 +127,10 @@ class Sample:
     denoise_inds: Tensor
     log_probs: Tensor
     values: Tensor
+
+    def rows(self, index: Tensor) -> Sample:
+        """The looks at ``index`` (int64 or bool)."""
+        return Sample(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -225,7 +234,16 @@ def sample(
     config: SamplerConfig,
     mode: Literal["train", "eval"],
 ) -> Sample:
-    """Draw an action chunk per observation; ``eval`` takes ODE steps only (a pure function of x_T)."""
+    """Draw an action chunk per observation; ``eval`` takes ODE steps only (a pure function of x_T).
+
+    On the CPU in float32 a row's bits do not depend on who shares the batch, nor on its place in it.
+    """
+    batch = len(inputs)
+    if batch % BATCH_MULTIPLE:
+        # Matrix products treat the last few rows of an uneven batch by another code path, with other rounding.
+        padded = torch.arange(batch + -batch % BATCH_MULTIPLE, device=noise.initial.device).clamp_max(batch - 1)
+        full = sample(policy, inputs.rows(padded), noise.rows(padded), config, mode)
+        return full.rows(torch.arange(batch, device=noise.initial.device))
     prefix = inputs if isinstance(inputs, Prefix) else policy.prefix(inputs)
     steps = _Steps(policy, config, noise.initial.device)
     chosen = _draw_stochastic_steps(config, noise.uniform, train=mode == "train")

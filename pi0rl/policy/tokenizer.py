@@ -14,19 +14,17 @@ from pi0rl.errors import UserError
 PAD_ID = 0
 
 # Every word of the instructions of LIBERO's 130 tasks.
-LIBERO_WORDS = tuple(
-    """
-    akita alphabet and at back basket bbq between black book both bottle bottom bowl box butter cabinet caddy
-    center cheese chocolate close compartment cookie cookies cream drawer dressing from front frying in inside it
-    juice ketchup layer left microwave middle milk moka mug next of off on open orange pan pick place plate pot
-    pots pudding push put rack ramekin red right salad sauce shelf soup stack stove table the them to tomato top
-    tray turn under up white wine wooden yellow
-    """.split()
-)
+_LIBERO_WORDS = """
+akita alphabet and at back basket bbq between black book both bottle bottom bowl box butter cabinet caddy center cheese
+chocolate close compartment cookie cookies cream drawer dressing from front frying in inside it juice ketchup layer left
+microwave middle milk moka mug next of off on open orange pan pick place plate pot pots pudding push put rack ramekin
+red right salad sauce shelf soup stack stove table the them to tomato top tray turn under up white wine wooden yellow
+"""
+LIBERO_WORDS = tuple(_LIBERO_WORDS.split())
 
 PromptStyle = Literal["text", "text_and_state", "lerobot_text"]
-"""``text``: BOS, cleaned text, newline (openpi's pi0, and pi05_libero); ``text_and_state``: pi0.5's "Task: ..., State: ...";
-``lerobot_text``: LeRobot's pi0, which does not clean the text."""
+"""``text``: BOS, cleaned text, newline (openpi's pi0, and pi05_libero); ``text_and_state``: pi0.5's "Task: ..., State:
+..."; ``lerobot_text``: LeRobot's pi0, which does not clean the text."""
 
 
 class Tokenizer(Protocol):
@@ -139,7 +137,7 @@ def clean_prompt(text: str) -> str:
 
 
 def state_bins(state: np.ndarray) -> np.ndarray:
-    """Bins of a normalised state: 256 uniform ones over [-1, 1); int64 of state's shape, -1 below the range, 255 above."""
+    """Bins of a normalised state, 256 uniform ones over [-1, 1): int64, -1 below the range, 255 above it."""
     return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
 
 
@@ -164,7 +162,7 @@ def prompt_ids(tokenizer: Tokenizer, style: PromptStyle, text: str, state: np.nd
 
 
 def pad_ids(ids: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut or pad to ``length``: ids int64 [length], valid bool [length]. A cut loses the end of the prompt, as in openpi."""
+    """Cut or pad to ``length``: ids int64 [length], valid bool [length]; a cut loses the end, as in openpi."""
     kept = ids[:length]
     tokens = np.full(length, PAD_ID, dtype=np.int64)
     tokens[: len(kept)] = kept

@@ -1,10 +1,12 @@
-"""The Gemma stack that both the prefix (VLM) and the action expert are made of. Module names follow the checkpoints' keys.
+"""The Gemma stack that both the prefix (VLM) and the action expert are made of. Modules are named as in checkpoints.
 
-Prefix tokens never attend to suffix tokens, so the prefix is always computed first and leaves its keys and values per layer;
-the expert then attends to [prefix; suffix]. Training and sampling share this one path.
+Prefix tokens never attend to suffix tokens, so the prefix is always computed first and leaves its keys and values per
+layer; the expert then attends to [prefix; suffix]. Training and sampling share this one path.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ def rotate(x: Tensor, rope: Rotation) -> Tensor:
 
 
 def attention_bias(allowed: Tensor, queries_per_key: int) -> Tensor:
-    """Additive float32 bias [B, 1, queries_per_key * Lq, Lk] from bool [B, Lq, Lk], laid out as ``Attention`` folds heads."""
+    """Additive float32 bias [B, 1, queries_per_key * Lq, Lk] from bool [B, Lq, Lk], as ``Attention`` folds heads."""
     bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, FORBIDDEN)
     return bias.repeat(1, queries_per_key, 1)[:, None]
 
@@ -154,7 +156,7 @@ class Gemma(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the layers compute in (norms have their own dtype)."""
-        return self.layers[0].mlp.gate_proj.weight.dtype  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+        return cast(GemmaLayer, self.layers[0]).mlp.gate_proj.weight.dtype
 
     def encode(
         self, x: Tensor, rope: Rotation, bias: Tensor, with_output: bool
@@ -169,8 +171,8 @@ class Gemma(nn.Module):
             cache.append(own)
         if with_output:
             return cache, self.norm(x)[0]
-        last = self.layers[-1]
-        cache.append(last.self_attn.keys_values(last.input_layernorm(x)[0], rope))  # pyright: ignore
+        last = cast(GemmaLayer, self.layers[-1])
+        cache.append(last.self_attn.keys_values(last.input_layernorm(x)[0], rope))
         return cache, None
 
     def attend(

@@ -42,8 +42,8 @@ def policy_tensors(policy: Policy) -> dict[str, Tensor]:
 def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path, heads_optional: bool) -> None:
     """Make ``tensors`` (openpi's names) the policy's weights without copying them, in the dtype they have.
 
-    A UserError names the first missing, unknown or misshapen key. With ``heads_optional`` a value or noise head that the
-    file lacks keeps its present weights.
+    A UserError names the first missing, unknown or misshapen key. With ``heads_optional`` a value or noise head that
+    the file lacks keeps its present weights.
     """
     own = {name.removeprefix("model."): name for name in policy.state_dict()}
     for name, tensor in policy.state_dict().items():
