@@ -1,7 +1,8 @@
 """OpenGL contexts without a display: EGL on a GPU or in software, or OSMesa.
 
 The context is made through ctypes, so a back end that fails can be followed by the next one in the same process and
-nothing depends on which back end `mujoco` chose when it was imported. `MUJOCO_GL=egl|osmesa` forces one.
+nothing depends on which back end `mujoco` chose when it was imported. `MUJOCO_GL=egl|osmesa` forces one; where only the
+wheel `lavavu-osmesa` provides OSMesa leave it unset, since `import mujoco` would look for a system library.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ class GLContext:
     handles: tuple[Any, ...]
 
 
-def create_context() -> GLContext:
-    """Make an OpenGL context and make it current: the back end of `MUJOCO_GL`, else EGL, else OSMesa.
+def create_context(backends: tuple[str, ...] | None = None) -> GLContext:
+    """Make an OpenGL context and make it current.
+
+    Args:
+        backends: Those to try, in order; None: the one that `MUJOCO_GL` names, else EGL, then OSMesa.
 
     Raises:
         UserError: No back end works; the message says why each failed and what to install.
@@ -63,7 +67,7 @@ def create_context() -> GLContext:
     # Mesa's rasteriser would start a thread per core in every process; frames of 64 to 256 px gain nothing from it.
     os.environ.setdefault("LP_NUM_THREADS", "1")
     reasons = []
-    for backend in _requested_backends():
+    for backend in backends or _requested_backends():
         try:
             return _CREATE[backend]()
         except BackendError as error:
