@@ -29,8 +29,9 @@ def make_run(run: Path, episodes_per_task: int = 10, seconds: float = 100.0) -> 
         started = "2025-01-01T10:00:00+00:00"
         (run / stage / "timing.json").write_text(json.dumps({"seconds": seconds, "started": started}))
     (run / "params.yaml").write_text("seed: 0\nsuites: [libero_object, libero_spatial]\n")
-    (run / "sft" / "model.safetensors").write_bytes(b"sft weights")
-    (run / "train" / "model.safetensors").write_bytes(b"ppo weights")
+    for stage in ("sft", "train"):
+        (run / stage / "policy").mkdir()
+        (run / stage / "policy" / "model.safetensors").write_bytes(stage.encode())
     _write_curves(run)
     _episodes(run, episodes_per_task).to_parquet(run / "evaluate" / "episodes.parquet")
     return run
@@ -45,14 +46,16 @@ def _write_curves(run: Path) -> None:
         "env/episode_len": 110 - iteration + noise[1],
         "actor/approx_kl": np.where(iteration == 0, np.nan, 0.03 + 0.005 * noise[2]),
         "critic/explained_variance": 0.5 * (1 - np.exp(-iteration / 3)) + 0.02 * noise[3],
-        "env/episodes": np.full(20, 80),
+        "env/num_trajectories": np.full(20, 80),
         "env/steps": np.full(20, 8000),
     }
     pd.DataFrame(metrics).to_csv(run / "train" / "metrics.csv", index=False)
     timing = {"iteration": iteration, "time/rollout": np.full(20, 20.0), "perf/env_steps_per_s": np.full(20, 400.0)}
     pd.DataFrame(timing).to_csv(run / "train" / "timing.csv", index=False)
-    step = np.arange(0, 1100, 50)
-    pd.DataFrame({"step": step, "sft/loss": np.exp(-step / 400)}).to_csv(run / "sft" / "metrics.csv", index=False)
+    step = np.arange(0, 1100, 10)
+    success = np.where((step >= 700) & (step % 100 == 0), step / 2000, np.nan)  # validated now and then
+    sft = {"step": step, "sft/loss": np.exp(-step / 400) + 0.05 * noise[0, step % 20] ** 2, "sft/success_once": success}
+    pd.DataFrame(sft).to_csv(run / "sft" / "metrics.csv", index=False)
 
 
 def _episodes(run: Path, episodes_per_task: int) -> pd.DataFrame:

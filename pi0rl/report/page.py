@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi0rl.errors import UserError
+from pi0rl.files import replace_directory
 from pi0rl.report import plots, provenance
 from pi0rl.report.inputs import Run, read_run
 from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, SUITE_LABELS, Summary, summarise
@@ -46,17 +47,11 @@ def write_report(run_dir: Path, report_dir: Path, experiment: str) -> None:
     run = read_run(run_dir)
     summary = summarise(run.episodes)
     _refuse_foreign_folder(report_dir)
-    partial = report_dir.with_name(f".{report_dir.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_files(run, summary, partial, experiment)
-        shutil.rmtree(report_dir, ignore_errors=True)
-        partial.rename(report_dir)
+        with replace_directory(report_dir) as folder:
+            _write_files(run, summary, folder, experiment)
     except OSError as error:
         raise UserError(f"{report_dir}: cannot write the report ({error}); expected a writable folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def results(run: Run, summary: Summary) -> dict[str, object]:
@@ -86,13 +81,12 @@ def _write_files(run: Run, summary: Summary, folder: Path, experiment: str) -> N
         before, after = summary.headline.before, summary.headline.after
         pairs = choose_pairs(run.episodes, run.directory / "evaluate", before, after, _MAX_VIDEO_BYTES)
     charts = {f"tasks_{split}": plots.task_chart(summary.tasks_of(split), summary.policies) for split in summary.splits}
-    overview = plots.learning_overview(run.metrics)
+    overview = plots.learning_overview(run.sft_metrics, run.metrics)
     if overview:
         charts["learning"] = overview
     for name, chart in charts.items():
         (folder / f"{name}.svg").write_text(chart.svg, encoding="utf-8")
     _copy_videos(pairs, folder / "videos")
-    imitation = plots.imitation_chart(run.sft_metrics)
     context = {
         "experiment": experiment,
         "summary": summary,
@@ -104,7 +98,7 @@ def _write_files(run: Run, summary: Summary, folder: Path, experiment: str) -> N
         "stages": run.stages,
         "training_time": training_time(run.timing),
         "charts": charts,
-        "curves": [*([imitation] if imitation else []), *plots.learning_charts(run.metrics)],
+        "curves": plots.learning_charts(run.sft_metrics, run.metrics),
     }
     environment = _environment()
     for template, name in (("report.md.jinja", "report.md"), ("page.html.jinja", "index.html")):
@@ -116,7 +110,7 @@ def effort(run: Run) -> tuple[Cost, ...]:
     costs = []
     if len(run.metrics):
         costs.append(Cost("Training iterations", f"{len(run.metrics):,}"))
-    for metric, name in (("env/episodes", "Training episodes"), ("env/steps", "Training environment steps")):
+    for metric, name in (("env/num_trajectories", "Training episodes"), ("env/steps", "Training environment steps")):
         if metric in run.metrics:
             costs.append(Cost(name, f"{int(run.metrics[metric].to_numpy().sum()):,}"))
     costs.append(Cost("Evaluation episodes", f"{len(run.episodes):,}"))
@@ -133,8 +127,8 @@ def training_time(timing: pd.DataFrame) -> tuple[Cost, ...]:
         str(c).removeprefix("perf/"): float(timing[c].to_numpy().mean()) for c in timing if str(c).startswith("perf/")
     }
     return (
-        *(Cost(name.replace("_", " "), duration(seconds)) for name, seconds in times.items()),
-        *(Cost(name.replace("_", " "), f"{rate:,.3g} on average") for name, rate in rates.items()),
+        *(Cost(_spoken(name), duration(seconds)) for name, seconds in times.items()),
+        *(Cost(_spoken(name), f"{rate:,.3g} on average") for name, rate in rates.items()),
     )
 
 
@@ -144,8 +138,8 @@ def percent(rate: float) -> str:
 
 
 def points(change: float) -> str:
-    """0.28 -> '+28.0'; a true minus sign for a loss."""
-    return f"{100 * change:+.1f}".replace("-", "−")
+    """0.28 -> '+28.0'; a true minus sign for a loss, and no sign for none."""
+    return f"{100 * change:+.1f}".replace("-", "−") if change else "0"
 
 
 def p_value(p: float) -> str:
@@ -160,6 +154,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _spoken(name: str) -> str:
+    """'env/simulate_steps' -> 'env: simulate steps'."""
+    return name.replace("/", ": ").replace("_", " ")
 
 
 def _facts(run: Run, experiment: str) -> dict[str, object]:

@@ -23,6 +23,8 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", START: "start", TRAINED:
 POLICY_COLOURS = {"sft": START, "ppo": TRAINED, "grpo": THIRD}
 _STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
@@ -44,19 +46,37 @@ _STYLE: dict[RcKeyType, Any] = {
     "legend.frameon": False,
 }
 _ON_WHITE: dict[RcKeyType, Any] = {**_STYLE, "savefig.facecolor": "white"}
-_SMOOTHING = 5  # iterations
+_SIZE = (3.6, 2.4)  # inches
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One curve over training: the metric's name, its title, whether it is a share to be shown in percent."""
+    """One curve.
+
+    Attributes:
+        metric: the column that is drawn.
+        title: what it is.
+        step: the column it is drawn over.
+        window: rows of the moving average.
+        share: whether it is a share, to be shown from 0 to 100 %.
+        log: whether its axis is logarithmic.
+    """
 
     metric: str
     title: str
+    step: str = "iteration"
+    window: int = 5
     share: bool = False
+    log: bool = False
+
+    @property
+    def colour(self) -> str:
+        return TRAINED if self.step == "iteration" else START
 
 
 PANELS: tuple[Panel, ...] = (
+    Panel("sft/loss", "Imitation loss", step="step", window=25, log=True),
+    Panel("sft/success_once", "Success during imitation", step="step", window=1, share=True),
     Panel("env/success_once", "Success of training episodes", share=True),
     Panel("env/episode_len", "Episode length (steps)"),
     Panel("actor/approx_kl", "Approximate KL per update"),
@@ -72,48 +92,32 @@ class Chart:
     description: str
 
 
-def learning_charts(metrics: pd.DataFrame) -> tuple[Chart, ...]:
-    """One chart per panel of which the metrics hold at least one finite value."""
+def learning_charts(*tables: pd.DataFrame) -> tuple[Chart, ...]:
+    """One chart per panel of which a table holds at least one value."""
     charts = []
-    for panel in _present(metrics):
+    for panel, curve in _curves(tables):
         with mpl.rc_context(_STYLE):
-            figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-            _draw_curve(figure.subplots(), metrics, panel)
-            charts.append(Chart(_svg(figure, panel.metric), _describe(metrics, panel)))
+            figure = Figure(figsize=_SIZE, layout="constrained")
+            _draw_curve(figure.subplots(), curve, panel)
+            charts.append(Chart(_svg(figure, panel.metric), _describe(curve, panel)))
     return tuple(charts)
 
 
-def learning_overview(metrics: pd.DataFrame) -> Chart | None:
-    """All panels in one picture; None without any."""
-    panels = _present(metrics)
-    if not panels:
+def learning_overview(*tables: pd.DataFrame) -> Chart | None:
+    """All these panels in one picture; None without any."""
+    curves = _curves(tables)
+    if not curves:
         return None
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
     with mpl.rc_context(_ON_WHITE):
-        figure = Figure(figsize=(4.6 * columns, 2.7 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        for axis, panel in zip(axes, panels, strict=False):
-            _draw_curve(axis, metrics, panel)
-        for axis in list(axes)[len(panels) :]:
+        figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis, (panel, curve) in zip(axes, curves, strict=False):
+            _draw_curve(axis, curve, panel)
+        for axis in axes[len(curves) :]:
             axis.set_axis_off()
-        return Chart(_svg(figure, "overview"), " ".join(_describe(metrics, panel) for panel in panels))
-
-
-def imitation_chart(metrics: pd.DataFrame) -> Chart | None:
-    """The loss of imitation over its steps; None if it was not recorded."""
-    if not {"step", "sft/loss"} <= set(metrics.columns):
-        return None
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axis: Axes = figure.subplots()
-        axis.plot(metrics["step"], metrics["sft/loss"], color=START, linewidth=1.6)
-        axis.set(title="Imitation loss", xlabel="gradient step", yscale="log")
-        first, last = metrics["sft/loss"].iloc[0], metrics["sft/loss"].iloc[-1]
-        text = (
-            f"Imitation loss: {first:.3g} at step {metrics['step'].iloc[0]}, {last:.3g} at {metrics['step'].iloc[-1]}."
-        )
-        return Chart(_svg(figure, "imitation"), text)
+        return Chart(_svg(figure, "overview"), " ".join(_describe(curve, panel) for panel, curve in curves))
 
 
 def task_chart(tasks: tuple[TaskResult, ...], policies: tuple[str, ...]) -> Chart:
@@ -150,32 +154,38 @@ def inline(chart: Chart) -> str:
     return re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text, count=1)
 
 
-def _present(metrics: pd.DataFrame) -> list[Panel]:
-    return [
-        panel
-        for panel in PANELS
-        if panel.metric in metrics and np.isfinite(metrics[panel.metric].to_numpy(float)).any()
-    ]
+def _curves(tables: tuple[pd.DataFrame, ...]) -> list[tuple[Panel, pd.DataFrame]]:
+    """Every panel that can be drawn, with its two columns and the rows that hold a value."""
+    curves = []
+    for panel in PANELS:
+        for table in tables:
+            if {panel.step, panel.metric} <= set(table.columns):
+                curve = table.loc[:, [panel.step, panel.metric]].dropna()
+                if len(curve):
+                    curves.append((panel, curve))
+    return curves
 
 
-def _draw_curve(axis: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
-    iterations, values = metrics["iteration"], metrics[panel.metric]
-    smooth = values.rolling(_SMOOTHING, min_periods=1, center=True).mean()
-    axis.plot(iterations, values, color=TRAINED, alpha=0.3, linewidth=1.0)
-    axis.plot(iterations, smooth, color=TRAINED, linewidth=1.9)
-    axis.set(title=panel.title, xlabel="iteration")
-    axis.tick_params(length=0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
+def _draw_curve(axis: Axes, curve: pd.DataFrame, panel: Panel) -> None:
+    steps, values = curve[panel.step], curve[panel.metric]
+    smooth = values.rolling(panel.window, min_periods=1, center=True).mean()
+    axis.plot(steps, values, color=panel.colour, alpha=0.3, linewidth=1.0)
+    axis.plot(steps, smooth, color=panel.colour, linewidth=1.9, marker="o" if len(curve) < 10 else "", markersize=4)
+    axis.set(title=panel.title, xlabel=panel.step)
+    axis.tick_params(length=0, which="both")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     if panel.share:
         axis.set_ylim(0, 1)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if panel.log:
+        axis.set_yscale("log")
+    else:
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
 
 
-def _describe(metrics: pd.DataFrame, panel: Panel) -> str:
-    known = metrics[["iteration", panel.metric]].dropna()
-    (start, first), (end, last) = known.iloc[0], known.iloc[-1]
-    return f"{panel.title}: {first:.3g} at iteration {start:.0f}, {last:.3g} at iteration {end:.0f}."
+def _describe(curve: pd.DataFrame, panel: Panel) -> str:
+    steps, values = curve[panel.step].to_numpy(), curve[panel.metric].to_numpy()
+    return f"{panel.title}: {values[0]:.3g} at {panel.step} {steps[0]}, {values[-1]:.3g} at {panel.step} {steps[-1]}."
 
 
 def _svg(figure: Figure, name: str) -> str:

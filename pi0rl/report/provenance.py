@@ -60,7 +60,7 @@ def commit(repository: Path) -> Commit:
 
 def checkpoint_hashes(run: Path) -> dict[str, str]:
     """SHA-256 of the weights that the stages ``sft`` and ``train`` left, by path relative to the run."""
-    files = [path for stage in ("sft", "train") for path in sorted((run / stage).rglob("model.safetensors"))]
+    files = [path for stage in ("sft", "train") for path in sorted((run / stage / "policy").glob("*.safetensors"))]
     return {path.relative_to(run).as_posix(): _sha256(path) for path in files}
 
 
