@@ -16,6 +16,7 @@ import pytest
 from pi0rl.errors import UserError
 from pi0rl.report.page import write_report
 from pi0rl.report.plots import inline, learning_charts
+from pi0rl.report.provenance import Commit, commit
 from pi0rl.report.tables import summarise
 
 _OBJECTS = ("alphabet soup", "cream cheese", "salad dressing", "bbq sauce", "ketchup")
@@ -231,6 +232,25 @@ def test_summary_orders_as_the_published_table(run: Path) -> None:
     assert summary.suites == ("libero_spatial", "libero_object")
     assert summary.headline is not None
     assert (summary.headline.after, summary.headline.split) == ("ppo", "held_out")
+
+
+def test_commit_is_that_of_the_repository_itself_and_reports_do_not_make_it_dirty(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for folder in ("params", "reports"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.yaml").write_text("seed: 0")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "reports" / "a.yaml").write_text("new")
+    assert commit(tmp_path) == Commit(git("rev-parse", "HEAD"), dirty=False)
+    (tmp_path / "params" / "a.yaml").write_text("seed: 1")
+    assert commit(tmp_path).dirty
+    assert str(commit(tmp_path / "params")) == "not a git checkout"
 
 
 def test_chromium_opens_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:

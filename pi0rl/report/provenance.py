@@ -52,8 +52,9 @@ def versions() -> dict[str, str]:
 
 def commit(repository: Path) -> Commit:
     """The commit that is checked out in `repository`, and whether code or params differ from it."""
-    head = _git(repository, "rev-parse", "HEAD")
-    if head is None:
+    top, head = _git(repository, "rev-parse", "--show-toplevel"), _git(repository, "rev-parse", "HEAD")
+    # An installed package may lie inside a checkout of something else, whose commit says nothing about it.
+    if top is None or head is None or Path(top.strip()) != repository.resolve():
         return Commit("", dirty=False)
     return Commit(head.strip(), dirty=bool(_git(repository, "status", "--porcelain", "--", *SOURCES)))
 
