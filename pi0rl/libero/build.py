@@ -34,12 +34,32 @@ def main() -> None:
     write_seeds(environment, directory, arguments.seeds)
 
 
-def reference_environment(bddl_file: Path, **options: Any) -> Any:
-    """LIBERO's own environment, without a renderer unless `options` ask for one; not reset yet."""
+def reference_environment(
+    bddl_file: Path,
+    camera_size: int | None = None,
+    hard_reset: bool = True,
+    initialization_noise: str | None = None,
+) -> Any:
+    """LIBERO's own environment, not reset yet.
+
+    Args:
+        bddl_file: The problem.
+        camera_size: Render both cameras on every step, at this many pixels; None needs no renderer.
+        hard_reset: Whether each reset builds the scene anew (the reference's default) or only draws it again.
+        initialization_noise: "default" disturbs the arm's first pose; LIBERO does not.
+    """
     from libero.libero.envs.env_wrapper import ControlEnv
 
-    settings = {"has_offscreen_renderer": False, "use_camera_obs": False} | options
-    return ControlEnv(str(bddl_file), **settings)
+    rendering = camera_size is not None
+    return ControlEnv(
+        str(bddl_file),
+        has_offscreen_renderer=rendering,
+        use_camera_obs=rendering,
+        camera_heights=camera_size or 1,
+        camera_widths=camera_size or 1,
+        hard_reset=hard_reset,
+        initialization_noise=initialization_noise,
+    )
 
 
 def write_task(environment: Any, directory: Path) -> None:
@@ -103,10 +123,9 @@ def write_seeds(environment: Any, directory: Path, seeds: list[int]) -> None:
         base.object_property_initializers = list(initializers)
         environment.seed(seed)
         environment.reset()
-        arrays = _snapshot(base)
         path = directory / f"seed_{seed}.npz"
         temporary = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(temporary, **arrays)
+        np.savez(temporary, allow_pickle=False, **_snapshot(base))
         temporary.replace(path)
 
 

@@ -25,7 +25,7 @@ import mujoco
 import numpy as np
 
 from pi0rl.errors import UserError
-from pi0rl.libero.goal import GoalTest, JointTest, goal_from_json, test_from_json
+from pi0rl.libero.goal import GoalTest, goal_from_json, test_from_json
 from pi0rl.libero.suites import Task
 
 MUJOCO_VERSION = "3.3.2"
@@ -39,7 +39,7 @@ class ToggledSite:
     """A site that shows only while a joint test holds (the glow of a stove's burner)."""
 
     site: int
-    lit: JointTest
+    lit: GoalTest
 
 
 @dataclass(frozen=True)
