@@ -1,0 +1,135 @@
+"""Makes the held-out init states: `python -m pi0rl.libero.held_out --suite libero_object`.
+
+They are distributed as the official ones and share none with them. Where LIBERO ships states that its pruning left
+unused (Spatial, Long and 90), those are taken; otherwise the reference environment samples the BDDL problem, one seed
+per state. Like the official ones they are not settled yet: an episode's settling steps do that. A state is kept if it
+settles well in our simulation: every object that stands free stays upright, close and at rest, and the goal is not
+reached. Writes `pi0rl/libero/held_out/SUITE.npz`, one array per task name, always the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+
+import mujoco
+import numpy as np
+
+from pi0rl.errors import UserError
+from pi0rl.libero.compile import cache_directory
+from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.suites import (
+    HELD_OUT_DIR,
+    Task,
+    official_init_states,
+    state_hash,
+    suite_tasks,
+    unpruned_init_states,
+)
+
+STATES_PER_TASK = 20
+# Task t draws with the seeds from 100_000 * (t + 1) on; the official states were drawn unseeded.
+_SEEDS_PER_TASK = 100_000
+_MAX_CANDIDATES = 10 * STATES_PER_TASK
+# Settled for 0.5 s as in an evaluation, then watched for another 0.5 s.
+_SETTLE_STEPS = 10
+_MAX_TILT = np.deg2rad(15)
+_MAX_SLIDE = 0.02
+_MAX_DRIFT = 0.005
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", required=True)
+    suite = parser.parse_args().suite
+    # Before LIBERO is imported: it asks for its data folder, and robosuite refuses some values.
+    os.environ["LIBERO_CONFIG_PATH"] = str(cache_directory() / "libero" / "config")
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    states = {task.name: held_out_states(task) for task in suite_tasks(suite)}
+    HELD_OUT_DIR.mkdir(exist_ok=True)
+    temporary = HELD_OUT_DIR / f".{suite}.{os.getpid()}.npz"
+    np.savez_compressed(temporary, **states)
+    temporary.replace(HELD_OUT_DIR / f"{suite}.npz")
+
+
+def held_out_states(task: Task) -> np.ndarray:
+    """The first `STATES_PER_TASK` candidates that are new and settle well, float64 [n, state].
+
+    Raises:
+        UserError: Too few candidates pass.
+    """
+    simulation = Simulation(task, seed=0)
+    seen = {state_hash(state) for state in official_init_states(task)}
+    accepted: list[np.ndarray] = []
+    tried = 0
+    for candidate in _candidates(task):
+        tried += 1
+        if state_hash(candidate) not in seen and settles_well(simulation, candidate):
+            seen.add(state_hash(candidate))
+            accepted.append(candidate)
+        if len(accepted) == STATES_PER_TASK:
+            states = np.stack(accepted)
+            print(f"{task.suite} {task.task_id}: {tried} candidates, {_describe(simulation, states)}", flush=True)
+            return states
+    raise UserError(f"{task.suite} task {task.task_id}: {len(accepted)} of {tried} candidates pass, expected 20")
+
+
+def settles_well(simulation: Simulation, init_state: np.ndarray) -> bool:
+    """Whether free objects stay upright and near their place, come to rest, and leave the goal open."""
+    simulation.reset(init_state, settle_steps=0)
+    start = _free_poses(simulation)
+    simulation.reset(init_state, settle_steps=_SETTLE_STEPS)
+    settled = _free_poses(simulation)
+    reached = simulation.success()
+    simulation.reset(init_state, settle_steps=2 * _SETTLE_STEPS)
+    later = _free_poses(simulation)
+    # Cosine of half the angle between two orientations, of either sign.
+    half_angle = np.abs(np.einsum("ij,ij->i", start[:, 3:], settled[:, 3:])).clip(0, 1)
+    tilt = 2 * np.arccos(half_angle)
+    slide = np.linalg.norm(settled[:, :2] - start[:, :2], axis=1)
+    drift = np.linalg.norm(later[:, :3] - settled[:, :3], axis=1)
+    calm = tilt.max() < _MAX_TILT and slide.max() < _MAX_SLIDE and drift.max() < _MAX_DRIFT
+    return bool(calm and not reached and not simulation.success())
+
+
+def _candidates(task: Task) -> Iterator[np.ndarray]:
+    unpruned = unpruned_init_states(task)
+    official = {state_hash(state) for state in official_init_states(task)}
+    unused = [] if unpruned is None else [state for state in unpruned if state_hash(state) not in official]
+    if len(unused) >= STATES_PER_TASK:
+        yield from unused
+        return
+    from pi0rl.libero.build import reference_environment
+
+    # The official states also vary the arm's joints, by normal noise of 0.02 rad (robosuite's default).
+    environment = reference_environment(task.bddl_file, hard_reset=False, initialization_noise="default")
+    first = _SEEDS_PER_TASK * (task.task_id + 1)
+    for seed in range(first, first + _MAX_CANDIDATES):
+        environment.seed(seed)
+        environment.reset()
+        yield environment.get_sim_state()
+
+
+def _free_poses(simulation: Simulation) -> np.ndarray:
+    """Positions (m) and wxyz orientations of the objects with a free joint, float64 [n, 7]."""
+    addresses = _free_addresses(simulation.model)
+    return np.stack([simulation.qpos[address : address + 7] for address in addresses])
+
+
+def _free_addresses(model: mujoco.MjModel) -> np.ndarray:
+    return model.jnt_qposadr[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
+
+
+def _describe(simulation: Simulation, states: np.ndarray) -> str:
+    """How far the states leave the box that the official states span, over all free objects."""
+    columns = np.concatenate([address + 1 + np.arange(3) for address in _free_addresses(simulation.model)])
+    official = official_init_states(simulation.task)[:, columns]
+    ours = states[:, columns]
+    beyond = np.maximum(ours.max(0) - official.max(0), official.min(0) - ours.min(0)).max()
+    width = (np.ptp(ours, 0).max(), np.ptp(official, 0).max())
+    return f"range {width[0] * 1e3:.1f} mm (official {width[1] * 1e3:.1f}), at most {beyond * 1e3:.1f} mm beyond"
+
+
+if __name__ == "__main__":
+    main()
