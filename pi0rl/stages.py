@@ -36,7 +36,8 @@ from pi0rl.policy.policy import Policy, create_policy, with_heads
 from pi0rl.policy.processing import mean_std, tiny_processing
 from pi0rl.progress import Progress
 from pi0rl.report.page import write_report
-from pi0rl.sft.demonstrations import collect, load
+from pi0rl.sft.collection import Collection, collect
+from pi0rl.sft.demonstrations import load
 from pi0rl.sft.imitation import imitate
 from pi0rl.tracking.metrics import MetricsWriter
 
@@ -44,19 +45,16 @@ from pi0rl.tracking.metrics import MetricsWriter
 def demos(experiment: Experiment) -> None:
     """``demos/``: successful episodes of the scripted expert on every task of the suites."""
     params = experiment.params
-    collect(
+    collection = Collection(
         suites=params.suites,
         episodes_per_task=params.demos.episodes_per_task,
-        init_state_ids=range(*params.demos.init_state_ids),
+        init_state_ids=params.demos.init_state_ids,
         seed=params.demos.seed,
-        directory=experiment.stage_dir("demos"),
-        workers=params.demos.workers,
         camera_size=params.env.camera_size,
         render_profile=params.env.render_profile,
-        settle_steps=params.env.settle_steps,
-        scene_seed=params.env.seed,
         action_noise=params.demos.action_noise,
     )
+    collect(collection, experiment.stage_dir("demos"), params.demos.workers)
 
 
 def fetch(experiment: Experiment) -> None:
@@ -74,8 +72,8 @@ def sft(experiment: Experiment) -> None:
     params = experiment.params
     if params.actor.model.variant != "tiny":
         raise UserError(
-            f"sft: actor.model.variant is {params.actor.model.variant}; from scratch only tiny is trained, for the full "
-            "model set fetch.checkpoint to an SFT checkpoint"
+            f"sft: actor.model.variant is {params.actor.model.variant}; from scratch only tiny is trained, the full "
+            "model starts from an SFT checkpoint: set fetch.checkpoint"
         )
     demonstrations = load(experiment.stage_dir("demos"))
     prompts = tuple(task.language for suite in params.suites for task in suite_tasks(suite))
@@ -161,7 +159,7 @@ def _headline(iteration: Iteration) -> str:
 
 
 def evaluate(experiment: Experiment) -> None:
-    """``evaluate/episodes.parquet``: both policies on the same fixed plan; ``evaluate/videos``: a few of its episodes."""
+    """``evaluate/episodes.parquet``: both policies on the same fixed plan; ``evaluate/videos``: some of the episodes."""
     params = experiment.params
     plan = _plan(params, params.evaluation.split, params.evaluation.episodes_per_task)
     recorded = _recorded(plan, params)

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pi0rl.errors import UserError
 from pi0rl.params import ClusterParams
 
-# Ray reads these when it is imported: no usage reports, and no GPU variables changed for actors that asked for none.
+# Ray reads these when it is imported: no usage reports, no lower priority for workers than for their driver, and no GPU
+# variables changed for actors that asked for none.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray

@@ -44,7 +44,7 @@ def imitate(policy: Policy, demonstrations: Demonstrations, params: SftParams, s
     for step in range(1, params.steps + 1):
         rows = np.array([index for _, index in zip(range(params.batch_size), order, strict=False)], dtype=np.int64)
         if len(rows) < params.batch_size:  # the rest of an epoch is too small for a batch: shuffle anew
-            order = iter(generator.permutation(len(targets)))
+            order = iter(generator.permutation(demonstrations.looks))
             rows = np.array([next(order) for _ in range(params.batch_size)], dtype=np.int64)
         lr = learning_rate(params, step)
         for group in optimizer.param_groups:
@@ -58,7 +58,7 @@ def imitate(policy: Policy, demonstrations: Demonstrations, params: SftParams, s
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), params.clip_grad, error_if_nonfinite=True)
         optimizer.step()
-        yield ImitationStep(step, float(loss), float(norm), lr)
+        yield ImitationStep(step, float(loss.detach()), float(norm), lr)
 
 
 def learning_rate(params: SftParams, step: int) -> float:
@@ -77,7 +77,7 @@ def action_windows(demonstrations: Demonstrations, horizon: int) -> np.ndarray:
 
 
 def shift_images(observation: Observation, pixels: int, generator: np.random.Generator) -> Observation:
-    """Move every image by up to ``pixels`` in both directions, edges repeated; the cheap part of openpi's augmentation."""
+    """Move every image by up to ``pixels`` in both directions, edges repeated: the cheap part of augmentation."""
     if pixels == 0:
         return observation
 
