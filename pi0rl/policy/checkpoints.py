@@ -1,8 +1,9 @@
-"""Our own checkpoint: ``model.safetensors`` and ``config.json`` (architecture, processing, statistics, digest)."""
+"""Loading any checkpoint; our own is ``model.safetensors`` and ``config.json`` (architecture, processing, digest)."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 from pi0rl.errors import UserError
 from pi0rl.policy.config import Pi0Config
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.foreign import load_openpi
+from pi0rl.policy.lerobot import load_lerobot
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.processing import Normalisation, Processing
 from pi0rl.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
-from pi0rl.policy.weights import assign, policy_tensors, read_safetensors, replaced_directory, sha256
+from pi0rl.policy.weights import assign, policy_tensors, read_json, read_safetensors, replaced_directory, sha256
 
 FORMAT = "pi0rl"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -103,22 +106,34 @@ def _read_tokenizer(stored: dict[str, Any], directory: Path) -> Tokenizer:
     return HuggingFaceTokenizer((directory / _HUGGINGFACE).read_text())
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or a UserError that names the file."""
+def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
+    """Load a policy of any known format, on the CPU.
+
+    Args:
+        source: a directory (pi0rl, openpi, RLinf or LeRobot layout), or a hub id with revision, ``org/name@revision``.
+        assets: directory with norm_stats.json and tokenizer, where an openpi or RLinf checkpoint lacks them.
+    """
+    directory = Path(source) if Path(source).is_dir() else _download(str(source))
+    described = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if described.get("format") == FORMAT:
+        return load_own(directory)
+    if described.get("type") in ("pi0", "pi05"):
+        return load_lerobot(directory)
+    if "type" in described:
+        raise UserError(f"{directory / CONFIG}: policy type {described['type']}, expected pi0 or pi05")
+    return load_openpi(directory, assets)
+
+
+def _download(source: str) -> Path:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", source)
+    if match is None:
+        raise UserError(f"{source}: no such checkpoint directory; expected a directory or a hub id org/name@revision")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: not found; expected a checkpoint directory with this file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def load_policy(source: str | Path) -> Policy:
-    """Load a policy from a directory."""
-    directory = Path(source)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint directory")
-    return load_own(directory)
+        patterns = ["*.json", "*.safetensors", "*.model", "*full_weights.pt"]
+        return Path(snapshot_download(match[1], revision=match[2], allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: not available from the hub ({reason}); check id, revision and network") from error

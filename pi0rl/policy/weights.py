@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +19,19 @@ from pi0rl.errors import UserError
 from pi0rl.policy.policy import Policy
 
 _HEADS = ("value_head.", "noise_head.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or a UserError that names the file."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not found; expected a checkpoint directory with this file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:

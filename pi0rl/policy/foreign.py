@@ -1,0 +1,215 @@
+"""Reading openpi's and RLinf's checkpoints: names, sizes from shapes, statistics, and what LIBERO's configs imply."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi0rl.errors import UserError
+from pi0rl.policy.config import Pi0Config, TransformerConfig, VisionConfig
+from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.policy import Policy
+from pi0rl.policy.processing import Normalisation, Processing
+from pi0rl.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from pi0rl.policy.weights import assign, read_json, read_safetensors
+
+_VLM = "paligemma_with_expert.paligemma."
+_VISION = _VLM + "model.vision_tower.vision_model."
+_TEXT = _VLM + "model.language_model."
+_EXPERT = "paligemma_with_expert.gemma_expert."
+EMBEDDING = _TEXT + "embed_tokens.weight"
+TIED_EMBEDDING = _VLM + "lm_head.weight"
+UNUSED_HEAD = _EXPERT + "lm_head.weight"
+
+NORM_STATS = "physical-intelligence/libero/norm_stats.json"
+RLINF_WEIGHTS = ("model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt", "full_weights.pt")
+_TOKENIZERS = ("paligemma_tokenizer.model", "tokenizer.model", "tokenizer/tokenizer.model", "tokenizer/tokenizer.json")
+_TOKENIZERS += ("tokenizer.json",)
+# SigLIP So400m has 72 features per head; the number of heads cannot be seen in the shapes.
+_SIGLIP_HEAD_DIM = 72
+
+
+def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Foreign weights under our names: one token embedding, no unused expert head.
+
+    openpi stores the tied embedding as ``lm_head``; where a file holds both (LeRobot no longer ties them),
+    ``embed_tokens`` is the one the network reads.
+    """
+    result = {name: tensor for name, tensor in tensors.items() if name not in (TIED_EMBEDDING, UNUSED_HEAD)}
+    if EMBEDDING not in result and TIED_EMBEDDING in tensors:
+        result[EMBEDDING] = tensors[TIED_EMBEDDING]
+    return result
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, source: Path) -> torch.Size:
+    if name not in tensors:
+        raise UserError(f"{source}: weight {name} is missing; expected a pi0 or pi0.5 checkpoint")
+    return tensors[name].shape
+
+
+def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def _stack(tensors: Mapping[str, Tensor], prefix: str, source: Path) -> TransformerConfig:
+    """Sizes of a Gemma stack; one key head, as in every released pi0."""
+    first = prefix + "layers.0."
+    head_dim, width = _shape(tensors, first + "self_attn.k_proj.weight", source)
+    return TransformerConfig(
+        width=width,
+        depth=_depth(tensors, prefix + "layers."),
+        mlp_dim=_shape(tensors, first + "mlp.gate_proj.weight", source)[0],
+        num_heads=_shape(tensors, first + "self_attn.q_proj.weight", source)[0] // head_dim,
+        num_kv_heads=1,
+        head_dim=head_dim,
+    )
+
+
+def infer_config(tensors: Mapping[str, Tensor], action_horizon: int | None, source: Path) -> Pi0Config:
+    """Architecture from canonical weights; ``action_horizon`` leaves no trace in them (default: pi0 50, pi0.5 10)."""
+    width, _, patch, _ = _shape(tensors, _VISION + "embeddings.patch_embedding.weight", source)
+    patches = _shape(tensors, _VISION + "embeddings.position_embedding.weight", source)[0]
+    if width % _SIGLIP_HEAD_DIM:
+        raise UserError(f"{source}: vision width {width} is not SigLIP So400m's; pass the architecture explicitly")
+    vision = VisionConfig(
+        width=width,
+        depth=_depth(tensors, _VISION + "encoder.layers."),
+        mlp_dim=_shape(tensors, _VISION + "encoder.layers.0.mlp.fc1.weight", source)[0],
+        num_heads=width // _SIGLIP_HEAD_DIM,
+        patch_size=patch,
+        image_size=math.isqrt(patches) * patch,
+    )
+    pi05 = "time_mlp_in.weight" in tensors
+    action_dim = _shape(tensors, "action_in_proj.weight", source)[1]
+    return Pi0Config(
+        vision=vision,
+        text=_stack(tensors, _TEXT, source),
+        expert=_stack(tensors, _EXPERT + "model.", source),
+        vocab_size=_shape(tensors, EMBEDDING, source)[0],
+        max_token_len=200 if pi05 else 48,
+        action_dim=action_dim,
+        state_dim=action_dim if pi05 else _shape(tensors, "state_proj.weight", source)[1],
+        action_horizon=action_horizon or (10 if pi05 else 50),
+        pi05=pi05,
+    )
+
+
+def _hidden(tensors: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
+    """Hidden widths of an MLP head: rows of all its biases but the last."""
+    return tuple(len(tensors[name]) for name in sorted(tensors) if name.startswith(head) and name.endswith(".bias"))[
+        :-1
+    ]
+
+
+def infer_heads(tensors: Mapping[str, Tensor], config: Pi0Config) -> tuple[CriticConfig | None, NoiseHeadConfig | None]:
+    """The heads a checkpoint of RLinf holds; a critic as wide as the VLM reads the prefix and is not detached."""
+    critic = noise = None
+    if "value_head.mlp.0.weight" in tensors:
+        width = tensors["value_head.mlp.0.weight"].shape[1]
+        prefix = width == config.text.width and (config.pi05 or width != config.expert.width)
+        critic = CriticConfig("prefix" if prefix else "expert", _hidden(tensors, "value_head."), detach=not prefix)
+    if "noise_head.logvar_min" in tensors:
+        low, high = (math.exp(float(tensors[f"noise_head.logvar_{end}"]) / 2) for end in ("min", "max"))
+        noise = NoiseHeadConfig((low, high), _hidden(tensors, "noise_head."))
+    return critic, noise
+
+
+def read_norm_stats(file: Path, quantiles: bool) -> tuple[Normalisation, Normalisation]:
+    """State and action statistics of openpi's ``norm_stats.json``: mean and std, or the percentiles pi0.5 uses."""
+    names = ("q01", "q99") if quantiles else ("mean", "std")
+    stats = read_json(file).get("norm_stats") or {}
+    parts = []
+    for key in ("state", "actions"):
+        for name in names:
+            if not isinstance(stats.get(key, {}).get(name), list):
+                raise UserError(f"{file}: norm_stats.{key}.{name} is missing; this policy cannot act without it")
+        first, second = (tuple(float(x) for x in stats[key][name]) for name in names)
+        parts.append(Normalisation("quantile" if quantiles else "mean_std", first, second))
+    return parts[0], parts[1]
+
+
+def find_tokenizer(directories: list[Path]) -> Tokenizer:
+    """The tokenizer beside a checkpoint; openpi's checkpoints do not hold theirs (PaliGemma's)."""
+    for directory in directories:
+        for name in _TOKENIZERS:
+            file = directory / name
+            if file.is_file():
+                return (
+                    HuggingFaceTokenizer(file.read_text())
+                    if file.suffix == ".json"
+                    else SentencePieceTokenizer(file.read_bytes())
+                )
+    where = " or ".join(str(directory) for directory in directories)
+    raise UserError(f"{where}: no tokenizer; put PaliGemma's paligemma_tokenizer.model (or tokenizer.json) there")
+
+
+def _find_norm_stats(directories: list[Path]) -> Path:
+    for directory in directories:
+        candidates = [directory / NORM_STATS, directory / "assets" / NORM_STATS, directory / "norm_stats.json"]
+        candidates += sorted(directory.glob("assets/**/norm_stats.json"))
+        for file in candidates:
+            if file.is_file():
+                return file
+    where = " or ".join(str(directory) for directory in directories)
+    raise UserError(f"{where}: no {NORM_STATS}; copy it from the checkpoint this one was trained from")
+
+
+def openpi_processing(
+    config: Pi0Config, tokenizer: Tokenizer, norms: tuple[Normalisation, Normalisation]
+) -> Processing:
+    """What openpi's and RLinf's ``pi0_libero`` and ``pi05_libero`` configs do; neither spells the state out."""
+    return Processing(
+        image_size=config.vision.image_size,
+        state_dim=config.state_dim,
+        action_dim=config.action_dim,
+        token_len=config.max_token_len,
+        tokenizer=tokenizer,
+        state_norm=norms[0],
+        action_norm=norms[1],
+        delta_actions=not config.pi05,
+    )
+
+
+def read_full_weights(file: Path) -> dict[str, Tensor]:
+    """RLinf's ``full_weights.pt``; nothing but tensors is unpickled."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{file}: not a plain file of tensors, refused ({reason}); convert it to safetensors"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{file}: expected a dictionary of tensors; is this RLinf's full_weights.pt?")
+    return tensors
+
+
+def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config | None = None) -> Policy:
+    """A checkpoint in openpi's PyTorch layout, or the one RLinf's runner writes, on the CPU in its own dtypes.
+
+    Args:
+        assets: where to look for norm_stats.json and the tokenizer besides ``directory``.
+        config: the architecture, where it cannot be seen in the shapes.
+    """
+    rlinf = next((directory / name for name in RLINF_WEIGHTS if (directory / name).is_file()), None)
+    source = rlinf or directory
+    tensors = canonical(read_full_weights(rlinf) if rlinf else read_safetensors(directory))
+    if config is None:
+        described = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        config = infer_config(tensors, described.get("action_horizon"), source)
+    critic, noise = infer_heads(tensors, config)
+    places = [directory] if assets is None else [assets, directory]
+    norms = read_norm_stats(_find_norm_stats(places), quantiles=config.pi05)
+    processing = openpi_processing(config, find_tokenizer(places), norms)
+    if critic is not None and critic.source == "prefix":
+        processing = replace(processing, absent_camera=True)
+    with torch.device("meta"):
+        policy = Policy(config, processing, critic, noise)
+    assign(policy, tensors, source, heads_optional=False)
+    return policy
