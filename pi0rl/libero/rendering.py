@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import mujoco
 import numpy as np
 
 from pi0rl.errors import UserError
-from pi0rl.libero.compile import cache_directory, full_model, task_key
+from pi0rl.libero.compile import full_model
 from pi0rl.libero.gl import GLContext, create_context
-from pi0rl.libero.simplify import VISIBLE_GROUPS, simplified_model
+from pi0rl.libero.render_cache import cached_simplified_model
+from pi0rl.libero.simplify import VISIBLE_GROUPS
 from pi0rl.libero.simulation import RenderState
 from pi0rl.libero.suites import Task
 
 Camera = Literal["agentview", "robot0_eye_in_hand", "frontview"]
 
-# Raise when `simplify` makes other models of the same input.
-_FORMAT = 1
 # robosuite's limit, which decides what a crowded scene drops.
 _MAX_DRAWN_GEOMS = 1000
 
@@ -62,7 +59,7 @@ class Renderer:
     """Draws square pictures of any task's states; for one thread.
 
     The GL context is made with the first picture and shared by all renderers of the process. A task's model is loaded
-    with its first picture and kept: about 25 MB in the fast profile, 0.7 GB with the original meshes.
+    with its first picture and kept: about 20 MB in the fast profile, 0.7 GB with the original meshes.
 
     Attributes:
         size: Width and height in pixels.
@@ -128,7 +125,7 @@ class Renderer:
     def _load(self, task: Task, seed: int) -> _Scene:
         process_context()
         cells = self.profile.mesh_cells
-        model = full_model(task, seed) if cells is None else _cached_simplified_model(task, seed, cells)
+        model = full_model(task, seed) if cells is None else cached_simplified_model(task, seed, cells)
         model.vis.quality.offsamples = self.profile.multisamples
         model.vis.global_.offwidth = model.vis.global_.offheight = self.size
         drawing = mujoco.MjvScene(model, _MAX_DRAWN_GEOMS)
@@ -145,16 +142,3 @@ def process_context() -> GLContext:
         UserError: No back end works.
     """
     return create_context()
-
-
-def _cached_simplified_model(task: Task, seed: int, cells: int) -> mujoco.MjModel:
-    path = cache_directory() / "libero" / task_key(task) / f"render_{cells}_v{_FORMAT}.mjb"
-    if not path.exists():
-        _save_atomically(simplified_model(full_model(task, seed), cells), path)
-    return mujoco.MjModel.from_binary_path(str(path))
-
-
-def _save_atomically(model: mujoco.MjModel, path: Path) -> None:
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    mujoco.mj_saveModel(model, str(temporary), None)
-    temporary.replace(path)
