@@ -33,7 +33,8 @@ class StageOutput:
         if line.startswith(ERROR):
             self.error = line.removeprefix(ERROR)
         elif line.startswith("ERROR: "):
-            self.error = self.error or line.removeprefix("ERROR: ")
+            reason = "it failed; what it said is above" if "failed to run" in line else line.removeprefix("ERROR: ")
+            self.error = self.error or reason
         elif line.endswith("didn't change, skipping"):
             self.skipped = True
         elif not line.startswith(_CHATTER) and line:

@@ -85,7 +85,7 @@ def open_experiment(name_or_path: str, overrides: tuple[str, ...] = (), output: 
     """
     root = project_root()
     source = _params_file(root, name_or_path)
-    params = load_params(source, overrides)
+    params = load_params(Path(os.path.relpath(source)), overrides)  # short in messages
     own = _variables(root)["experiment"]
     frozen_name = _frozen_name(root, source)
     if output is None:

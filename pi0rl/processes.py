@@ -7,6 +7,7 @@ it started.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -73,15 +74,13 @@ def run_child(
         stdin=subprocess.DEVNULL,
         stdout=None if on_line is None else subprocess.PIPE,
         stderr=None if on_line is None else subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
     try:
         if on_line is not None and process.stdout is not None:
             for line in process.stdout:
-                on_line(line.rstrip("\n"))
+                on_line(line.decode(errors="replace").rstrip("\n"))
         code = process.wait()
     except BaseException:
         _interrupt(process, send)
@@ -102,7 +101,7 @@ def stop_descendants() -> None:
     _stop(psutil.Process().children(recursive=True), grace=5.0)
 
 
-def _interrupt(process: subprocess.Popen[str], send: Callable[[int, int], None]) -> None:
+def _interrupt(process: subprocess.Popen[bytes], send: Callable[[int, int], None]) -> None:
     """Hand an interruption on, wait for the child to clean up, kill it and its descendants if it does not."""
     descendants = _descendants(process.pid)
     deadline = time.monotonic() + GRACE_SECONDS
@@ -112,7 +111,7 @@ def _interrupt(process: subprocess.Popen[str], send: Callable[[int, int], None])
             # an unread pipe would block a child that still writes while it cleans up
             if process.stdout is not None:
                 os.set_blocking(process.stdout.fileno(), False)
-                process.stdout.buffer.read()
+                process.stdout.read()
             time.sleep(0.05)
     except ProcessLookupError:
         pass  # it ended by itself in the meantime
@@ -138,10 +137,8 @@ def _stop(processes: Sequence[psutil.Process], grace: float) -> None:
 
 
 def _signal(process: psutil.Process, signum: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
         process.send_signal(signum)
-    except psutil.NoSuchProcess:
-        pass  # it ended by itself in the meantime
 
 
 def _session_of(process: psutil.Process) -> int | None:

@@ -1,0 +1,150 @@
+"""The one list of metric names, and the files that hold them.
+
+``metrics.csv`` holds what params and seed decide and repeats to the byte; ``timing.csv`` holds times and rates. Both
+are written whole under a temporary name at every iteration, so a reader or a resume never meets half a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from pi0rl.experiment import Experiment
+from pi0rl.files import replace_text
+from pi0rl.tracking.loggers import Table, open_loggers
+
+STEP = "iteration"
+
+METRICS: dict[str, str] = {
+    "env/success_once": "share of the iteration's training episodes that succeeded at any step (sampled with noise)",
+    "env/return": "mean sum of rewards of an episode",
+    "env/episode_len": "mean control steps of an episode, up to its end or success",
+    "env/num_trajectories": "episodes played",
+    "env/steps": "control steps simulated",
+    "rollout/rewards_mean": "mean reward of a control step",
+    "rollout/samples": "chunks that are trained on",
+    "rollout/advantages_mean": "mean advantage before normalisation",
+    "rollout/advantages_min": "smallest advantage",
+    "rollout/advantages_max": "largest advantage",
+    "rollout/advantages_std": "standard deviation of the advantages",
+    "rollout/returns_mean": "mean target of the critic",
+    "rollout/returns_min": "smallest target of the critic",
+    "rollout/returns_max": "largest target of the critic",
+    "rollout/returns_std": "standard deviation of the critic's targets",
+    "actor/loss": "what is minimised: policy loss, value loss and entropy bonus",
+    "actor/policy_loss": "clipped surrogate loss",
+    "actor/policy_loss_abs": "mean absolute value of the clipped surrogate",
+    "actor/value_loss": "Huber loss of the critic, clipped where value_clip is set",
+    "actor/grad_norm": "gradient norm before clipping",
+    "actor/approx_kl": "KL of the old to the updated policy, mean of -log ratio",
+    "actor/approx_kl_k3": "the same by the estimator ratio - 1 - log ratio, never negative; target_kl watches it",
+    "actor/ref_kl": "KL to the reference policy",
+    "actor/pg_clipfrac": "share of ratios outside the clip range",
+    "actor/dual_clipfrac": "share of ratios that clip_ratio_c caps",
+    "actor/clipped_ratio": "mean ratio after clipping",
+    "actor/dual_clipped_ratio": "mean ratio where clip_ratio_c caps it",
+    "actor/ratio": "mean ratio of new to old probability",
+    "actor/ratio_abs": "mean distance of the ratio from 1",
+    "actor/first_ratio_error": "largest log ratio on the first minibatch, which must be 0 up to rounding",
+    "actor/value_clip_ratio": "share of values that value_clip clips",
+    "actor/entropy": "mean entropy of the sampler's Gaussian per dimension",
+    "actor/lr": "learning rate of the policy",
+    "actor/optimizer_steps": "optimiser steps taken",
+    "actor/skipped_steps": "optimiser steps left out because a gradient was not finite",
+    "actor/stopped_by_kl": "1 if target_kl ended the update early",
+    "critic/lr": "learning rate of the value head",
+    "critic/explained_variance": "1 - Var(target - value) / Var(target)",
+    "sft/loss": "flow-matching loss of a batch",
+    "sft/grad_norm": "gradient norm before clipping",
+    "sft/lr": "learning rate",
+    "sft/success_once": "success on official init states where imitation is checked while it trains",
+    "eval/<suite>/success_once": "success on the evaluation plan",
+    "time/*": "seconds of an iteration's parts; kept in timing.csv",
+    "perf/*": "rates, e.g. control steps per second; kept in timing.csv",
+}
+
+
+class MetricsWriter:
+    """Writes each training iteration to ``train/metrics.csv``, ``train/timing.csv`` and the loggers."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        folder = experiment.stage_dir("train")
+        self._metrics = CsvTable(folder / "metrics.csv", columns=tuple(METRICS))
+        self._timing = CsvTable(folder / "timing.csv", columns=())
+        self._loggers = open_loggers(experiment)
+
+    def resume(self, done: int) -> None:
+        """Keep the rows of the first ``done`` iterations and drop later ones, which will be played again."""
+        self._metrics.resume(done)
+        self._timing.resume(done)
+        self._loggers.sync(self._tables())
+
+    def write(self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
+        """Add the row of ``iteration`` (from 0); raises ValueError for a metric that METRICS does not explain."""
+        unknown = sorted(set(metrics) - set(METRICS))
+        if unknown:
+            raise ValueError(f"metrics without an explanation in pi0rl.tracking.metrics.METRICS: {', '.join(unknown)}")
+        self._metrics.append(iteration, metrics)
+        self._timing.append(iteration, timing)
+        self._loggers.sync(self._tables())
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loggers.close(failed=error is not None)
+
+    def _tables(self) -> tuple[Table, ...]:
+        return (self._metrics.table(), self._timing.table())
+
+
+class CsvTable:
+    """A small CSV file with one row per iteration: known columns in the order given, new ones after them by name."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self._path, self._columns = path, columns
+        self._rows: dict[int, dict[str, float]] = {}
+
+    def resume(self, done: int) -> None:
+        """Start from the rows of the file below iteration ``done``."""
+        kept = read_table(self._path) if self._path.is_file() else {}
+        self._rows = {step: row for step, row in kept.items() if step < done}
+        self._save()
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a row and write the file."""
+        self._rows[step] = {name: float(value) for name, value in values.items()}
+        self._save()
+
+    def table(self) -> Table:
+        """All rows by step."""
+        return dict(self._rows)
+
+    def _save(self) -> None:
+        present = {name for row in self._rows.values() for name in row}
+        columns = [name for name in self._columns if name in present] + sorted(present - set(self._columns))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([STEP, *columns])
+        for step in sorted(self._rows):
+            row = self._rows[step]
+            writer.writerow([step, *(repr(row[name]) if name in row else "" for name in columns)])
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self._path, text.getvalue())
+
+
+def read_table(path: Path) -> Table:
+    """step -> name -> value of a metrics file whose first column is the step; empty and nan cells are left out."""
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    return {
+        int(float(row[0])): {
+            name: float(cell) for name, cell in zip(header[1:], row[1:], strict=True) if cell and cell != "nan"
+        }
+        for row in rows
+    }

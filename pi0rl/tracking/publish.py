@@ -1,0 +1,59 @@
+"""Complete an experiment's MLflow run: all metrics, results, artifacts, and the DVC hashes of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pi0rl.experiment import Experiment
+from pi0rl.tracking.loggers import Table
+from pi0rl.tracking.metrics import read_table
+from pi0rl.tracking.mlflow_logger import MlflowLogger
+
+
+def publish(experiment: Experiment) -> None:
+    """Bring the MLflow run up to date with the files of a finished experiment, and mark it finished.
+
+    Does nothing where ``runner.logger.logger_backends`` leaves mlflow out.
+    """
+    if "mlflow" not in experiment.params.runner.logger.logger_backends:
+        return
+    logger = MlflowLogger(experiment)
+    results = experiment.report_dir / "results.json"
+    tables = [
+        _table(experiment.run_dir / name) for name in ("sft/metrics.csv", "train/metrics.csv", "train/timing.csv")
+    ]
+    logger.sync([*tables, {0: evaluation_metrics(json.loads(results.read_text())["rows"])}])
+    logger.describe({f"dvc.{stage}": digest for stage, digest in dvc_hashes(experiment).items()})
+    logger.add_artifact(experiment.run_dir / "params.yaml")
+    logger.add_artifact(experiment.report_dir, "report")
+    logger.finish()
+
+
+def evaluation_metrics(rows: Sequence[dict[str, object]]) -> dict[str, float]:
+    """``eval/<policy>/<split>/<suite>/success_once`` of the rows of a results.json."""
+    return {
+        f"eval/{row['policy']}/{row['split']}/{row['suite']}/success_once": float(str(row["k"])) / float(str(row["n"]))
+        for row in rows
+    }
+
+
+def dvc_hashes(experiment: Experiment) -> dict[str, str]:
+    """stage -> hash of its output folder in DVC's cache, as dvc.lock records it; empty before DVC ran a stage."""
+    lock = experiment.dvc_file.with_suffix(".lock")
+    if not lock.is_file():
+        return {}
+    stages = yaml.safe_load(lock.read_text())["stages"]
+    return {
+        stage: out["md5"]
+        for stage, entry in stages.items()
+        for out in entry.get("outs", [])
+        if Path(out["path"]).name == stage and "md5" in out
+    }
+
+
+def _table(path: Path) -> Table:
+    return read_table(path) if path.is_file() else {}

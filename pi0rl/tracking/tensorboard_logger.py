@@ -1,0 +1,35 @@
+"""TensorBoard event files in ``runs/<experiment>/tensorboard``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pi0rl.experiment import Experiment
+from pi0rl.tracking.loggers import Table
+
+
+class TensorboardLogger:
+    """Writes the tables anew in every process, so that resumed points never show twice."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        folder = experiment.run_dir / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        self._sent = -1
+
+    def sync(self, tables: Sequence[Table]) -> None:
+        """Write the rows after the last written step."""
+        steps = sorted({step for table in tables for step in table if step > self._sent})
+        for step in steps:
+            for table in tables:
+                for name, value in table.get(step, {}).items():
+                    self._writer.add_scalar(name, value, step)
+        self._sent = max(steps, default=self._sent)
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        """Close the event file."""
+        self._writer.close()
