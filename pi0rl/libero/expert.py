@@ -20,7 +20,7 @@ from pi0rl.libero.skills import Destination, Grasp, World
 ATTEMPTS = 6
 YAWS = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60, 75, -75, 90])
 SPARE_OPENING = 0.008  # m that must be left between the open fingers and the object
-GRIP_BELOW_TOP = 0.015  # m; further down, a finger catches under the roof of the cartons when it lets go
+GRIP_BELOW_TOP = 0.010  # m; further down, an opening finger can catch under the roof of a carton
 GRIP_ABOVE_FLOOR = 0.008  # m; lower, the finger tips touch the floor
 RIM_CLEARANCE = 0.02  # m by which an object passes over the rim of what it is put into, and sinks in before release
 OVER_DESTINATION = 0.04  # m of horizontal distance within which letting go has a chance

@@ -84,7 +84,7 @@ class World:
 
 
 def _collision_corners(model: mujoco.MjModel, root: int) -> tuple[np.ndarray, np.ndarray]:
-    """For 8 corners of every collision geom of a body and its children: the body [n] and the point in its frame [n, 3]."""
+    """Corners of the collision boxes of a body and its children: whose frame they are in [n], and where [n, 3]."""
     tree = {root}
     for body in range(root + 1, model.nbody):  # children come after their parents
         if model.body_parentid[body] in tree:

@@ -1,0 +1,167 @@
+"""A set of demonstrations on disk: what is in it, and reading it with every check.
+
+A folder holds ``dataset.json`` (the card), ``steps.parquet`` (one row per control step) and ``images/`` with one
+``.npy`` per task, uint8 [looks, 2, S, S, 3]: base and wrist camera at every ``image_stride``-th step of an episode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi0rl.errors import UserError
+from pi0rl.observation import Observation
+
+FORMAT = "pi0rl-demonstrations"
+FORMAT_VERSION = 1
+FPS = 20
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+STATE_DIM, ACTION_DIM = 8, 7
+CARD_NAME, STEPS_NAME, IMAGES_NAME = "dataset.json", "steps.parquet", "images"
+# What every set of this format has in common; anything else is refused.
+LAYOUT = {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "fps": FPS,
+    "cameras": list(CAMERAS),
+    "state_dim": STATE_DIM,
+    "action_dim": ACTION_DIM,
+}
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """N control steps of successful episodes, one after the other, and M looks (steps that have images).
+
+    Attributes:
+        base_image, wrist_image: uint8 [M, S, S, 3], as LIBERO renders (not rotated).
+        looks: int64 [M], the step of each image pair; all steps when the set was collected with image stride 1.
+        state: float32 [N, 8], before the action: end-effector position (m), axis-angle (rad), finger joints (m).
+        actions: float32 [N, 7], what the expert wanted at that step, in the environment's units, in [-1, 1].
+        episode: int32 [N], ascending number of the episode.
+        step: int32 [N], control step within the episode.
+        task: int32 [N], index into ``languages``.
+        languages: the instructions, one per task.
+        card: the whole ``dataset.json``, with the statistics under ``norm_stats``.
+    """
+
+    base_image: np.ndarray
+    wrist_image: np.ndarray
+    looks: np.ndarray
+    state: np.ndarray
+    actions: np.ndarray
+    episode: np.ndarray
+    step: np.ndarray
+    task: np.ndarray
+    languages: tuple[str, ...]
+    card: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def observation(self, steps: np.ndarray) -> Observation:
+        """What the policy would have seen at these steps (int [B]); each must be one of ``looks``.
+
+        Raises:
+            UserError: a step has no images.
+        """
+        rows = np.minimum(np.searchsorted(self.looks, steps), len(self.looks) - 1)
+        if not np.array_equal(self.looks[rows], steps):
+            raise UserError(
+                f"demonstrations with images at every {self.card['image_stride']} steps: asked for a step without "
+                "images; choose steps from `looks`, or collect with image stride 1"
+            )
+        prompts = tuple(self.languages[task] for task in self.task[steps])
+        return Observation(self.base_image[rows], self.wrist_image[rows], self.state[steps], prompts)
+
+
+def load(directory: Path) -> Demonstrations:
+    """Read a set of demonstrations, all of it into memory, and verify every file against the card.
+
+    Raises:
+        UserError: the folder holds no such set, one of another layout, or a damaged or incomplete one.
+    """
+    card = read_card(directory)
+    for name, digest in card["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing although {CARD_NAME} lists it; collect the demonstrations again")
+        if file_digest(path) != digest:
+            raise UserError(f"{path}: content differs from {CARD_NAME}'s sha256 (truncated or edited); collect again")
+    steps = pq.read_table(directory / STEPS_NAME)
+    images = [np.load(directory / image_name(task["suite"], task["task_id"])) for task in card["tasks"]]
+    step = steps["step"].to_numpy()
+    looks = np.flatnonzero(step % card["image_stride"] == 0)
+    if sum(len(pictures) for pictures in images) != len(looks) or len(step) != card["steps"]:
+        raise UserError(f"{directory}: {CARD_NAME}, {STEPS_NAME} and images disagree in number; collect again")
+    return Demonstrations(
+        base_image=np.concatenate([pictures[:, 0] for pictures in images]),
+        wrist_image=np.concatenate([pictures[:, 1] for pictures in images]),
+        looks=looks,
+        state=_matrix(steps["state"], STATE_DIM),
+        actions=_matrix(steps["action"], ACTION_DIM),
+        episode=steps["episode"].to_numpy(),
+        step=step,
+        task=steps["task"].to_numpy(),
+        languages=tuple(task["language"] for task in card["tasks"]),
+        card=card,
+    )
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """The card of a set of demonstrations, its layout checked.
+
+    Raises:
+        UserError: there is no card, or it describes something else.
+    """
+    path = directory / CARD_NAME
+    if not path.is_file():
+        raise UserError(f"{directory}: no {CARD_NAME}; expected a folder that `pi0rl demos` has completed")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); collect the demonstrations again") from error
+    for key, expected in LAYOUT.items():
+        found = card.get(key) if isinstance(card, dict) else None
+        if found != expected:
+            raise UserError(f"{path}: {key} is {found!r}, expected {expected!r}; this reader takes no other layout")
+    return card
+
+
+def normalisation(values: np.ndarray) -> dict[str, list[float]]:
+    """Mean, population standard deviation and 1 % and 99 % quantiles per column, as in openpi's norm_stats.json."""
+    values = values.astype(np.float64)
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    statistics = {"mean": values.mean(axis=0), "std": values.std(axis=0), "q01": low, "q99": high}
+    return {name: [float(number) for number in row] for name, row in statistics.items()}
+
+
+def steps_table(columns: dict[str, np.ndarray]) -> pa.Table:
+    """The arrays of all steps as an Arrow table; matrices become fixed-size lists."""
+    arrays = {}
+    for name, values in columns.items():
+        flat = pa.array(values.reshape(-1))
+        arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    return pa.table(arrays)
+
+
+def image_name(suite: str, task_id: int) -> str:
+    """Where the images of a task are, relative to the folder."""
+    return f"{IMAGES_NAME}/{suite}_{task_id}.npy"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

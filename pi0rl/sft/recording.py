@@ -1,0 +1,90 @@
+"""Playing and recording one episode of the scripted expert."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pi0rl.libero.expert import Expert
+from pi0rl.libero.plan import Split, init_states
+from pi0rl.libero.rendering import Renderer
+from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.suites import SUITES, Task
+from pi0rl.sft.demonstrations import CAMERAS
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What to collect; together with the installed versions it decides every byte.
+
+    Attributes:
+        suites: names of the suites, all their tasks.
+        episodes_per_task: successful episodes wanted.
+        init_state_ids: first (included) and last (excluded) init state to choose from.
+        split: which init states.
+        seed: for the choice of init states, the disturbances, and the fixtures' places.
+        camera_size: pixels of the square images.
+        render_profile: a key of ``PROFILES``.
+        image_stride: control steps between images.
+        action_noise: standard deviation of the disturbance of the executed action (``Expert.disturb``); 0 for none.
+    """
+
+    suites: tuple[str, ...]
+    episodes_per_task: int
+    init_state_ids: tuple[int, int]
+    seed: int
+    camera_size: int
+    split: Split = "official"
+    render_profile: Literal["reference", "fast"] = "fast"
+    image_stride: int = 1
+    action_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One played episode: T steps, L looks; arrays are empty if the expert failed."""
+
+    success: bool
+    state: np.ndarray
+    action: np.ndarray
+    images: np.ndarray
+
+
+def play(simulation: Simulation, renderer: Renderer, collection: Collection, init_state_id: int) -> Recording:
+    """Play one episode with the expert until success or the task's step limit."""
+    task = simulation.task
+    rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id, init_state_id])
+    simulation.reset(init_states(task, collection.split)[init_state_id])
+    expert = Expert(simulation, rng)
+    states, actions, images = [], [], []
+    for step in range(task.max_episode_steps):
+        states.append(simulation.state())
+        if step % collection.image_stride == 0:
+            shown = simulation.render_state()
+            images.append([renderer.render(task, collection.seed, shown, camera) for camera in CAMERAS])
+        action = expert.action()
+        actions.append(action.astype(np.float32))
+        executed = expert.disturb(action, collection.action_noise) if collection.action_noise else actions[-1]
+        if simulation.step(executed):
+            return Recording(True, np.stack(states), np.stack(actions), np.array(images))
+    empty = np.zeros(0, np.float32)
+    return Recording(False, empty, empty, empty)
+
+
+def part_name(task: Task, init_state_id: int) -> str:
+    """File name of one played episode in the ``.parts`` folder."""
+    return f"{task.suite}_{task.task_id}_{init_state_id}.npz"
+
+
+def save_part(recording: Recording, path: Path) -> None:
+    """Write a played episode so that the file is either whole or not there."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(
+            file, success=recording.success, state=recording.state, action=recording.action, images=recording.images
+        )
+    temporary.replace(path)
