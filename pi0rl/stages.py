@@ -159,7 +159,7 @@ def _headline(iteration: Iteration) -> str:
 
 
 def evaluate(experiment: Experiment) -> None:
-    """``evaluate/episodes.parquet``: both policies on the same fixed plan; ``evaluate/videos``: some of the episodes."""
+    """``evaluate/episodes.parquet``: both policies on one fixed plan; ``evaluate/videos``: some of its episodes."""
     params = experiment.params
     plan = _plan(params, params.evaluation.split, params.evaluation.episodes_per_task)
     recorded = _recorded(plan, params)

@@ -19,7 +19,7 @@ EPISODE = Episode(0, "libero_spatial", 4, "official", 0, seed=0)
 def test_video_shows_the_frames_and_its_bytes_depend_on_them_only(tmp_path: Path):
     frames = np.full((12, 192, 192, 3), 40, np.uint8)
     frames[6:, :, :96] = 200
-    result = EpisodeResult(0, success=True, steps=23, frames=frames)
+    result = EpisodeResult(0, success=True, steps=23, final_state="", frames=frames)
     for name in ("first.mp4", "second.mp4"):
         write_video(tmp_path / name, result, EPISODE, info=True)
     assert (tmp_path / "first.mp4").read_bytes() == (tmp_path / "second.mp4").read_bytes()
@@ -38,4 +38,6 @@ def test_video_shows_the_frames_and_its_bytes_depend_on_them_only(tmp_path: Path
 
 def test_an_episode_that_was_not_recorded_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="was not recorded"):
-        write_video(tmp_path / "none.mp4", EpisodeResult(0, success=False, steps=5), EPISODE, info=False)
+        write_video(
+            tmp_path / "none.mp4", EpisodeResult(0, success=False, steps=5, final_state=""), EPISODE, info=False
+        )

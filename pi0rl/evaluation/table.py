@@ -42,6 +42,7 @@ def episode_table(
                 # an episode ends at its first success, as in openpi's protocol
                 "success_at_end": result.success,
                 "steps": result.steps,
+                "final_state": result.final_state,
                 "error": "",
                 "video": videos.get(episode.index, ""),
             }

@@ -17,7 +17,7 @@ import numpy as np
 from pi0rl.libero.plan import Episode, episode_init_state, episode_task
 from pi0rl.libero.rendering import PROFILES, Renderer
 from pi0rl.libero.simulation import Simulation
-from pi0rl.libero.suites import Task
+from pi0rl.libero.suites import Task, state_hash
 from pi0rl.observation import Observation
 
 IDLE = -1
@@ -85,11 +85,20 @@ class Look:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode ended; ``frames`` holds its recorded video (uint8 [n, size, size, 3]), if any."""
+    """How one episode ended.
+
+    Attributes:
+        index: its row in the plan.
+        success: whether the goal was reached, which ends an episode.
+        steps: control steps played.
+        final_state: hash of the physical state at the end: two runs agree to the bit if these agree.
+        frames: its recorded video, uint8 [n, size, size, 3], if it was asked for.
+    """
 
     index: int
     success: bool
     steps: int
+    final_state: str
     frames: np.ndarray | None = None
 
 
@@ -180,7 +189,8 @@ class Slots:
         assert slot.simulation is not None
         assert slot.episode is not None
         frames = np.stack(slot.frames) if slot.frames else None
-        self.results.append(EpisodeResult(slot.episode.index, success, slot.steps, frames))
+        final = state_hash(np.concatenate(([0.0], slot.simulation.qpos, slot.simulation.qvel)))
+        self.results.append(EpisodeResult(slot.episode.index, success, slot.steps, final, frames))
         self._free[(slot.simulation.task, slot.episode.seed)].append(slot.simulation)
         slot.simulation = slot.episode = None
 

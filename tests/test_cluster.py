@@ -1,0 +1,126 @@
+"""The cluster on real LIBERO, real Ray processes and a small random policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pi0rl.cluster.loop import Iteration, iteration_plan, train
+from pi0rl.cluster.placement import Placement, resolve_placement
+from pi0rl.cluster.players import Players
+from pi0rl.cluster.rollout_worker import NoiseKey
+from pi0rl.cluster.session import ray_session
+from pi0rl.cluster.setup import critic_config, loop_config, players_config
+from pi0rl.errors import UserError
+from pi0rl.libero.plan import evaluation_plan
+from pi0rl.libero.suites import suite_tasks
+from pi0rl.params import ClusterParams, load_params
+from pi0rl.policy.checkpoints import save_policy
+from pi0rl.policy.config import TINY
+from pi0rl.policy.policy import create_policy
+from pi0rl.policy.processing import Normalisation, tiny_processing
+
+QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
+CPU = Placement((), (), ())
+SMALL = (
+    "env.train.total_num_envs=4",
+    "env.train.max_episode_steps=16",
+    "env.settle_steps=0",
+    "algorithm.rollout_epoch=1",
+    "actor.global_batch_size=4",
+    "actor.micro_batch_size=4",
+    "actor.optim.critic_warmup_iterations=0",
+    "runner.max_epochs=2",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny policy with a value head."""
+    prompts = tuple(task.language for task in suite_tasks("libero_object"))
+    state = Normalisation("mean_std", (0.0,) * 8, (1.0,) * 8)
+    action = Normalisation("mean_std", (0.0,) * 7, (0.3,) * 7)
+    critic = critic_config(load_params(QUICKSTART))
+    policy = create_policy(TINY, tiny_processing(TINY, state, action, prompts), seed=0, critic=critic)
+    directory = tmp_path_factory.mktemp("checkpoint") / "policy"
+    save_policy(policy, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with ray_session(ClusterParams(), cpus=3):
+        yield
+
+
+def test_outcomes_do_not_depend_on_the_number_of_workers(ray_cluster: None, checkpoint: Path) -> None:
+    params = load_params(QUICKSTART, SMALL)
+    plan = evaluation_plan(["libero_object"], "official", 1, seed=0)[:4]
+    outcomes = []
+    for workers, stages in ((1, 1), (2, 2)):
+        config = replace(players_config(params, params.env.train), workers=workers, stages=stages)
+        config = replace(config, slots=4 * workers * stages)  # the number of rows that are inferred together stays
+        players = Players(config, CPU, checkpoint)
+        outcomes.append(players.play(plan, NoiseKey(0, 0, 0), "train"))
+        outcomes[-1] = [(result.index, result.success, result.steps, result.final_state) for result in outcomes[-1]]
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(ray_cluster: None, checkpoint: Path, tmp_path: Path) -> None:
+    params = load_params(QUICKSTART, SMALL)
+    config, players = loop_config(params), players_config(params, params.env.train)
+    reports: list[Iteration] = []
+
+    def run(folder: Path, iterations: int) -> bytes:
+        shortened = replace(config, iterations=iterations)
+        policy = train(shortened, players, CPU, checkpoint, folder, reports.append, lambda done: None)
+        return (policy / "model.safetensors").read_bytes()
+
+    straight = run(tmp_path / "straight", 2)
+    first = run(tmp_path / "resumed", 1)
+    resumed = run(tmp_path / "resumed", 2)
+    assert resumed == straight
+    assert first != resumed
+    metrics = [(report.number, report.metrics) for report in reports]
+    assert metrics[:2] == metrics[2:]
+    # before the first step of an update, the actor finds exactly the log-probs that the rollout recorded
+    assert all(report.metrics["actor/first_ratio_error"] < 1e-3 for report in reports)
+
+
+def test_every_iteration_has_a_plan_of_its_own() -> None:
+    config = loop_config(load_params(QUICKSTART))
+    first, second = iteration_plan(config, 0), iteration_plan(config, 1)
+    assert len(first) == len(second) == config.episodes
+    assert first == iteration_plan(config, 0)
+    assert [row.init_state_id for row in first] != [row.init_state_id for row in second]
+    assert {row.task_id for row in first} == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ({"env": "0-3", "rollout": "4-7", "actor": "0"}, Placement((0, 1, 2, 3), (4, 5, 6, 7), (0,))),
+        ({"env,rollout": "0,2-3", "actor": 7}, Placement((0, 2, 3), (0, 2, 3), (7,))),
+        ({"env,rollout,actor": "cpu"}, CPU),
+    ],
+)
+def test_placements_as_published(placement: dict[str, str | int], expected: Placement) -> None:
+    assert resolve_placement(ClusterParams(component_placement=placement), available_gpus=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ({"env": "cpu", "rolout": "cpu", "actor": "cpu"}, "rolout: unknown component"),
+        ({"env": "cpu", "rollout": "cpu"}, "no place for actor"),
+        ({"env": "cpu", "rollout": "8", "actor": "cpu"}, "this cluster has GPUs 0-7"),
+        ({"env": "cpu", "rollout": "3-1", "actor": "cpu"}, "not a placement"),
+        ({"env": "cpu", "rollout": "1,1", "actor": "cpu"}, "twice"),
+    ],
+)
+def test_impossible_placements_are_refused(placement: dict[str, str | int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_placement(ClusterParams(component_placement=placement), available_gpus=8)
