@@ -21,6 +21,9 @@ Camera = Literal["agentview", "robot0_eye_in_hand", "frontview"]
 
 # robosuite's limit, which decides what a crowded scene drops.
 _MAX_DRAWN_GEOMS = 1000
+# Models kept per renderer, by size; with GL's copies the process holds about three times as much. Six original scenes
+# fit, and any number of simplified ones.
+_MAX_MODEL_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Renderer:
     """Draws square pictures of any task's states; for one thread.
 
     The GL context is made with the first picture and shared by all renderers of the process. A task's model is loaded
-    with its first picture and kept: about 20 MB in the fast profile, 0.7 GB with the original meshes.
+    with its first picture and kept while there is room: 20 MB each in the fast profile, 0.9 GB with the original meshes.
 
     Attributes:
         size: Width and height in pixels.
@@ -94,9 +97,7 @@ class Renderer:
         Raises:
             UserError: No GL back end works, the camera does not exist, or the state belongs to another task.
         """
-        scene = self._scenes.get(task)
-        if scene is None:
-            scene = self._scenes[task] = self._load(task, seed)
+        scene = self._scene(task, seed)
         model, data = scene.model, scene.data
         if state.qpos.shape != (model.nq,) or state.body_pos.shape != (model.nbody, 3):
             raise UserError(
@@ -121,6 +122,14 @@ class Renderer:
         mujoco.mjr_render(area, scene.drawing, scene.resources)
         mujoco.mjr_readPixels(picture, None, area, scene.resources)
         return picture
+
+    def _scene(self, task: Task, seed: int) -> _Scene:
+        """The task's scene, loaded if need be; those longest unused make room for it."""
+        scene = self._scenes.pop(task, None) or self._load(task, seed)
+        self._scenes[task] = scene  # last: the most recently used
+        while len(self._scenes) > 1 and sum(kept.model.nbuffer for kept in self._scenes.values()) > _MAX_MODEL_BYTES:
+            self._scenes.pop(next(iter(self._scenes))).resources.free()
+        return scene
 
     def _load(self, task: Task, seed: int) -> _Scene:
         process_context()
