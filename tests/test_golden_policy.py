@@ -130,7 +130,7 @@ def golden_policy(base: Path, case: dict | None, heads: dict[str, Tensor], optio
         tensors |= {name: tensor for name, tensor in heads.items() if name.startswith("noise_head.")}
     unused = mean_std(np.zeros((2, 1)))
     policy = Policy(config, tiny_processing(config, unused, unused, prompts=("push",)), critic, noise)
-    assign(policy, tensors | dict(policy.named_buffers()), base, heads_optional=False)
+    assign(policy, tensors | dict(policy.named_buffers()), base)
     return policy
 
 

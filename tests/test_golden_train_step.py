@@ -73,7 +73,7 @@ def start_policy(folder: str, model: dict) -> Policy:
     unused = mean_std(np.zeros((2, 1)))
     processing = tiny_processing(config, unused, unused, prompts=("push",))
     policy = Policy(config, processing, critic if model["add_value_head"] else None, noise)
-    assign(policy, tensors | constant_buffers(policy), weights, heads_optional=False)
+    assign(policy, tensors | constant_buffers(policy), weights)
     return policy
 
 

@@ -70,7 +70,7 @@ def load_own(directory: Path) -> Policy:
         raise UserError(f"{file}: not a valid pi0rl configuration ({' '.join(str(error).split())})") from error
     with torch.device("meta"):
         policy = Policy(model, processing, critic, exploration)
-    assign(policy, read_safetensors(directory), directory / WEIGHTS, heads_optional=False)
+    assign(policy, read_safetensors(directory), directory / WEIGHTS)
     return policy
 
 

@@ -64,7 +64,7 @@ def pool_prefix(output: Tensor, mask: Tensor, num_language: int, tokens_per_imag
 
 
 class ValueHead(nn.Module):
-    """MLP with ReLU -> one number. Hidden layers Kaiming-normal (fan out), last N(0, 0.02), biases zero (RLinf)."""
+    """MLP with ReLU -> one number."""
 
     def __init__(self, in_width: int, hidden: tuple[int, ...]):
         super().__init__()
@@ -72,12 +72,15 @@ class ValueHead(nn.Module):
         layers: list[nn.Module] = []
         for i in range(len(hidden)):
             layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")  # pyright: ignore
-        layers.append(nn.Linear(widths[-1], 1))
-        nn.init.normal_(layers[-1].weight, std=0.02)  # pyright: ignore[reportArgumentType]
-        for layer in layers[::2]:
-            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def initialise(self) -> None:
+        """Hidden layers Kaiming-normal (fan out), the last N(0, 0.02), biases zero (RLinf)."""
+        linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        for linear in linears:
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(linears[-1].weight, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:
         """float32 [B, in_width] -> [B]."""

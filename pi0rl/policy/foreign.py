@@ -211,5 +211,5 @@ def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config |
         processing = replace(processing, absent_camera=True)
     with torch.device("meta"):
         policy = Policy(config, processing, critic, noise)
-    assign(policy, tensors, source, heads_optional=False)
+    assign(policy, tensors, source)
     return policy

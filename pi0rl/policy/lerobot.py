@@ -112,5 +112,5 @@ def load_lerobot(directory: Path, config: Pi0Config | None = None) -> Policy:
         )
     with torch.device("meta"):
         policy = Policy(config, lerobot_processing(directory, config, length))
-    assign(policy, tensors, directory, heads_optional=False)
+    assign(policy, tensors, directory)
     return policy

@@ -15,7 +15,7 @@ FROZEN_PREFIX = "paligemma_with_expert.paligemma."
 
 
 class Policy(nn.Module):
-    """pi0 with what surrounds it.
+    """pi0 with what surrounds it. Its weights are arbitrary until loaded, or drawn by ``create_policy``.
 
     Attributes:
         model: the network.
@@ -107,6 +107,8 @@ def create_policy(
         torch.manual_seed(seed)
         policy = Policy(config, processing, critic, exploration)
         initialise(policy.model)
+        if policy.value_head is not None:
+            policy.value_head.initialise()
     return policy
 
 
@@ -117,6 +119,8 @@ def with_heads(policy: Policy, critic: CriticConfig | None, exploration: NoiseHe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         value_head, noise_head = _value_head(policy.config, critic), _noise_head(policy.config, exploration)
+        if value_head is not None:
+            value_head.initialise()
     result.model = policy.model
     result.value_head = policy.value_head if policy.critic_config == critic else value_head
     result.noise_head = policy.noise_head if policy.noise_config == exploration else noise_head

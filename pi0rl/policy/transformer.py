@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0rl.policy.config import TransformerConfig
+from pi0rl.policy.vision import uninitialised_embedding
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -149,7 +150,7 @@ class Gemma(nn.Module):
     def __init__(self, config: TransformerConfig, vocab_size: int | None = None, adaptive: bool = False):
         super().__init__()
         if vocab_size is not None:
-            self.embed_tokens = nn.Embedding(vocab_size, config.width)
+            self.embed_tokens = uninitialised_embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
         self.norm = (AdaptiveRMSNorm if adaptive else RMSNorm)(config.width)
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from pi0rl.errors import UserError
 from pi0rl.policy.policy import Policy
 
-_HEADS = ("value_head.", "noise_head.")
-
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object, or a UserError that names the file."""
@@ -54,18 +52,15 @@ def policy_tensors(policy: Policy) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in policy.state_dict().items()}
 
 
-def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path, heads_optional: bool) -> None:
+def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Make ``tensors`` (openpi's names) the policy's weights without copying them, in the dtype they have.
 
-    A UserError names the first missing, unknown or misshapen key. With ``heads_optional`` a value or noise head that
-    the file lacks keeps its present weights.
+    A UserError names the first missing, unknown or misshapen key.
     """
     own = {name.removeprefix("model."): name for name in policy.state_dict()}
     for name, tensor in policy.state_dict().items():
         short = name.removeprefix("model.")
         if short not in tensors:
-            if heads_optional and short.startswith(_HEADS):
-                continue
             raise UserError(f"{source}: weight {short} {list(tensor.shape)} is missing; is this the right variant?")
         if tensors[short].shape != tensor.shape:
             raise UserError(
