@@ -1,7 +1,7 @@
 """The stages of an experiment, one function each, from files to files: demos (or fetch), sft, train, evaluate, report.
 
 The CLI calls them, ``dvc.yaml`` names the CLI commands, the Prefect flow runs those DVC stages. What a stage leaves in
-its folder is decided by params and seed alone; times go to the experiment's timing folder.
+its folder is decided by params and seed alone, but for ``timing.*``, which DVC ignores.
 """
 
 from __future__ import annotations

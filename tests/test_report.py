@@ -25,11 +25,10 @@ _RATES = {"sft": {"libero_object": 0.5, "libero_spatial": 0.7}, "ppo": {"libero_
 
 def make_run(run: Path, episodes_per_task: int = 10, seconds: float = 100.0) -> Path:
     """A run folder as the stages leave it: two suites of five tasks, better on one, worse on the other."""
-    (run / "timing").mkdir(parents=True)
     for stage in ("demos", "sft", "train", "evaluate"):
-        (run / stage).mkdir()
+        (run / stage).mkdir(parents=True)
         started = "2025-01-01T10:00:00+00:00"
-        (run / "timing" / f"{stage}.json").write_text(json.dumps({"seconds": seconds, "started": started}))
+        (run / stage / "timing.json").write_text(json.dumps({"seconds": seconds, "started": started}))
     (run / "params.yaml").write_text("seed: 0\nsuites: [libero_object, libero_spatial]\n")
     for stage in ("sft", "train"):
         (run / stage / "policy").mkdir()
@@ -53,7 +52,7 @@ def _write_curves(run: Path) -> None:
     }
     pd.DataFrame(metrics).to_csv(run / "train" / "metrics.csv", index=False)
     timing = {"iteration": iteration, "time/rollout": np.full(20, 20.0), "perf/env_steps_per_s": np.full(20, 400.0)}
-    pd.DataFrame(timing).to_csv(run / "timing" / "train.csv", index=False)
+    pd.DataFrame(timing).to_csv(run / "train" / "timing.csv", index=False)
     step = np.arange(0, 1100, 10)
     success = np.where((step >= 700) & (step % 100 == 0), step / 2000, np.nan)  # validated now and then
     sft = {"step": step, "sft/loss": np.exp(-step / 400) + 0.05 * noise[0, step % 20] ** 2, "sft/success_once": success}

@@ -64,7 +64,7 @@ def read_run(directory: Path) -> Run:
         params=params.read_text(encoding="utf-8"),
         episodes=episodes.sort_values(["policy", "split", "index"], ignore_index=True),
         metrics=_read_csv(directory / "train" / "metrics.csv"),
-        timing=_read_csv(directory / "timing" / "train.csv"),
+        timing=_read_csv(directory / "train" / "timing.csv"),
         sft_metrics=_read_csv(directory / "sft" / "metrics.csv"),
         stages=tuple(_stage_times(directory)),
     )
@@ -77,7 +77,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def _stage_times(directory: Path) -> list[StageTime]:
     times = []
     for stage in STAGES:
-        path = directory / "timing" / f"{stage}.json"
+        path = directory / stage / "timing.json"
         if path.is_file():
             timing = json.loads(path.read_text(encoding="utf-8"))
             times.append(StageTime(stage, float(timing["seconds"]), str(timing.get("started", ""))))
