@@ -62,7 +62,7 @@ class Renderer:
     """Draws square pictures of any task's states; for one thread.
 
     The GL context is made with the first picture and shared by all renderers of the process. A task's model is loaded
-    with its first picture and kept while there is room: 20 MB each in the fast profile, 0.9 GB with the original meshes.
+    with its first picture and kept while there is room: 20 MB in the fast profile, 0.9 GB with the original meshes.
 
     Attributes:
         size: Width and height in pixels.
