@@ -45,7 +45,7 @@ def _verdict(changes: list[dict[str, dict[str, Any] | str]] | None) -> str:
 
 
 def _flat(items: dict[str, Any]) -> list[str]:
-    """``params.yaml: {seed: modified}`` -> ``seed modified``; ``runs/x/demos: modified`` -> ``runs/x/demos modified``."""
+    """``params.yaml: {seed: modified}`` -> ``seed modified``; ``demos: modified`` -> ``demos modified``."""
     lines = []
     for name, state in items.items():
         lines += [f"{key} {how}" for key, how in state.items()] if isinstance(state, dict) else [f"{name} {state}"]

@@ -1,0 +1,49 @@
+# make quickstart   the whole experiment: demonstrations, imitation, reinforcement learning, evaluation, report
+#                   OUTPUT=runs/again SET="seed=1 runner.max_epochs=30" for another folder or other params
+# make test         linter, types and tests; `make test-slow` adds the ones that take minutes
+# make doctor       check this machine
+# Each sets the machine up first; the second time that takes no time.
+
+SHELL := /bin/bash
+STAMP := .venv/.set-up
+BIN := .venv/bin
+EXPERIMENT ?= quickstart
+# DVC starts the stages as `pi0rl ...`
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: quickstart setup doctor lint types test test-slow lock clean
+
+quickstart: $(STAMP)
+	pi0rl run $(EXPERIMENT) $(foreach override,$(SET),--set $(override)) $(if $(OUTPUT),--output $(OUTPUT))
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup
+	scripts/setup
+	@touch $@
+
+doctor: $(STAMP)
+	pi0rl doctor
+
+lint: $(STAMP)
+	ruff check
+	ruff format --check
+
+types: $(STAMP)
+	pyright
+
+test: lint types
+	pytest -m "not slow"
+
+test-slow: lint types
+	pytest
+
+# After changing a pin in pyproject.toml: install it, then write down what it pulled in
+lock:
+	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python scripts/lock.py > constraints.txt.new && mv constraints.txt.new constraints.txt
+
+# Outputs of experiments stay (runs/, reports/, DVC's cache); see `dvc gc` for the cache
+clean:
+	rm -rf .venv .prefect .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
