@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pi0rl import __version__
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, open_experiment, resolve
+from pi0rl.files import replace_text
 from pi0rl.processes import Interrupted, die_with_parent, raise_on_signals, run_child, stop_descendants
 
 STAGES = {
@@ -121,7 +122,7 @@ def _stage(options: argparse.Namespace) -> None:
     folder = experiment.stage_dir("sft" if options.command == "fetch" else options.command)
     if folder.is_dir():
         timing = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 1)}
-        (folder / "timing.json").write_text(json.dumps(timing) + "\n")
+        replace_text(folder / "timing.json", json.dumps(timing) + "\n")
 
 
 def _run(options: argparse.Namespace) -> int:

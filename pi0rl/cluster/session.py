@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,7 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
     Raises:
         UserError: ``cluster.address`` does not answer, or it has fewer nodes than ``cluster.num_nodes``.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     if cluster.address:
         try:
@@ -38,6 +40,7 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
             ) from error
     else:
         ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own handler there, which ends the process unheard
     try:
         nodes = sum(node["Alive"] for node in ray.nodes())
         if nodes < cluster.num_nodes:
