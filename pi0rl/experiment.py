@@ -136,19 +136,23 @@ def _derived_stages(experiment: Experiment) -> dict[str, Any]:
         "run": run,
         "report": str(experiment.report_dir.relative_to(experiment.root)),
     }
-    stages = _read_yaml(experiment.root / "dvc.yaml")["stages"]
+    project = _read_yaml(experiment.root / "dvc.yaml")
+    stages = project["stages"]
     del stages["resolve"]  # here the params file is what a person gave, not something made from params/
     if experiment.params.fetch is not None:
         stages = _fetching(stages, experiment.params.fetch.checkpoint)
     up = os.path.relpath(experiment.root, experiment.run_dir)
-    return {"vars": [variables], "stages": {name: {"wdir": up, **stage} for name, stage in stages.items()}}
+    # stages run in the project's folder; DVC reads paths of metrics and plots from the folder of the dvc.yaml
+    shown = yaml.safe_dump({"metrics": project["metrics"], "plots": project["plots"]}).replace("${", f"{up}/${{")
+    stages = {name: {"wdir": up, **stage} for name, stage in stages.items()}
+    return {"vars": [variables], "stages": stages, **yaml.safe_load(shown)}
 
 
 def _fetching(stages: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """``stages`` with ``fetch`` in place of ``demos`` and ``sft``: an existing checkpoint to start from."""
     fetch = {
         "cmd": "pi0rl fetch ${experiment}",
-        "deps": ["pi0rl/policy"] + ([checkpoint] if Path(checkpoint).exists() else []),
+        "deps": ["pi0rl/stages.py", "pi0rl/policy", *([checkpoint] if Path(checkpoint).exists() else [])],
         "params": [{"${params}": ["fetch"]}],
         "outs": stages["sft"]["outs"],
     }
