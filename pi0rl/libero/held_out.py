@@ -3,8 +3,8 @@
 They are distributed as the official ones and share none with them. Where LIBERO ships states that its pruning left
 unused (Spatial, Long and 90), those are taken; otherwise the reference environment samples the BDDL problem, one seed
 per state. Like the official ones they are not settled yet: an episode's settling steps do that. A state is kept if it
-settles well in our simulation: every object that stands free stays upright, close and at rest, and the goal is not
-reached. Writes `pi0rl/libero/held_out/SUITE.npz`, one array per task name, always the same bytes.
+settles in our simulation as well as the official ones do: every free object stays upright, close and at rest, and the
+goal is not reached. Writes `pi0rl/libero/held_out/SUITE.npz`, one array per task name, always the same bytes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from pi0rl.libero.suites import (
 STATES_PER_TASK = 20
 # Task t draws with the seeds from 100_000 * (t + 1) on; the official states were drawn unseeded.
 _SEEDS_PER_TASK = 100_000
-_MAX_CANDIDATES = 10 * STATES_PER_TASK
+_MAX_SAMPLED = 10 * STATES_PER_TASK
 # Settled for 0.5 s as in an evaluation, then watched for another 0.5 s.
 _SETTLE_STEPS = 10
-_MAX_TILT = np.deg2rad(15)
-_MAX_SLIDE = 0.02
-_MAX_DRIFT = 0.005
+_NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+# Always allowed: tilt (rad), slide (m), drift (m).
+_CALM = np.array([np.deg2rad(15), 0.02, 0.005])
 
 
 def main() -> None:
@@ -60,52 +60,64 @@ def held_out_states(task: Task) -> np.ndarray:
         UserError: Too few candidates pass.
     """
     simulation = Simulation(task, seed=0)
+    allowed = _allowed_unrest(simulation)
     seen = {state_hash(state) for state in official_init_states(task)}
     accepted: list[np.ndarray] = []
     tried = 0
     for candidate in _candidates(task):
+        if state_hash(candidate) in seen:
+            continue
+        seen.add(state_hash(candidate))
         tried += 1
-        if state_hash(candidate) not in seen and settles_well(simulation, candidate):
-            seen.add(state_hash(candidate))
+        if (unrest(simulation, candidate) <= allowed).all():
             accepted.append(candidate)
         if len(accepted) == STATES_PER_TASK:
             states = np.stack(accepted)
             print(f"{task.suite} {task.task_id}: {tried} candidates, {_describe(simulation, states)}", flush=True)
             return states
-    raise UserError(f"{task.suite} task {task.task_id}: {len(accepted)} of {tried} candidates pass, expected 20")
+    raise UserError(
+        f"{task.suite} task {task.task_id}: {len(accepted)} of {tried} candidates settle well, "
+        f"expected {STATES_PER_TASK}; is the pinned MuJoCo installed?"
+    )
 
 
-def settles_well(simulation: Simulation, init_state: np.ndarray) -> bool:
-    """Whether free objects stay upright and near their place, come to rest, and leave the goal open."""
+def unrest(simulation: Simulation, init_state: np.ndarray) -> np.ndarray:
+    """How badly a state settles, over all free objects: tilt (rad) and slide (m) while settling, drift (m) afterwards.
+
+    All infinite where the goal is reached without doing anything.
+    """
     simulation.reset(init_state, settle_steps=0)
     start = _free_poses(simulation)
     simulation.reset(init_state, settle_steps=_SETTLE_STEPS)
     settled = _free_poses(simulation)
-    reached = simulation.success()
-    simulation.reset(init_state, settle_steps=2 * _SETTLE_STEPS)
+    reached = simulation.success() or simulation.step_chunk(np.tile(_NO_OP, (_SETTLE_STEPS, 1))).any()
     later = _free_poses(simulation)
+    if reached:
+        return np.full(3, np.inf)
     # Cosine of half the angle between two orientations, of either sign.
     half_angle = np.abs(np.einsum("ij,ij->i", start[:, 3:], settled[:, 3:])).clip(0, 1)
     tilt = 2 * np.arccos(half_angle)
     slide = np.linalg.norm(settled[:, :2] - start[:, :2], axis=1)
     drift = np.linalg.norm(later[:, :3] - settled[:, :3], axis=1)
-    calm = tilt.max() < _MAX_TILT and slide.max() < _MAX_SLIDE and drift.max() < _MAX_DRIFT
-    return bool(calm and not reached and not simulation.success())
+    return np.array([tilt.max(), slide.max(), drift.max()])
+
+
+def _allowed_unrest(simulation: Simulation) -> np.ndarray:
+    """Small in general; where a task's official states settle worse (a bowl on a ramekin), half as much again."""
+    official = [unrest(simulation, state) for state in official_init_states(simulation.task)[:STATES_PER_TASK]]
+    return np.maximum(_CALM, 1.5 * np.median(official, axis=0))
 
 
 def _candidates(task: Task) -> Iterator[np.ndarray]:
     unpruned = unpruned_init_states(task)
-    official = {state_hash(state) for state in official_init_states(task)}
-    unused = [] if unpruned is None else [state for state in unpruned if state_hash(state) not in official]
-    if len(unused) >= STATES_PER_TASK:
-        yield from unused
-        return
+    if unpruned is not None:
+        yield from unpruned
     from pi0rl.libero.build import reference_environment
 
     # The official states also vary the arm's joints, by normal noise of 0.02 rad (robosuite's default).
     environment = reference_environment(task.bddl_file, hard_reset=False, initialization_noise="default")
     first = _SEEDS_PER_TASK * (task.task_id + 1)
-    for seed in range(first, first + _MAX_CANDIDATES):
+    for seed in range(first, first + _MAX_SAMPLED):
         environment.seed(seed)
         environment.reset()
         yield environment.get_sim_state()
