@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 import pi0rl
 from pi0rl.errors import UserError
+from pi0rl.files import replace_directory
 from pi0rl.libero.plan import init_states
 from pi0rl.libero.suites import SUITES, Task, suite_tasks
 from pi0rl.sft import demonstrations as layout
@@ -38,21 +39,18 @@ def collect(collection: Collection, output_dir: Path, workers: int) -> dict[str,
     """
     tasks = _checked_tasks(collection)
     fingerprint = _fingerprint(collection)
-    if output_dir.exists() and any(output_dir.iterdir()):
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         card = layout.read_card(output_dir)  # refuses to overwrite a folder that is something else
-        if card["fingerprint"] == fingerprint:
+        if card["fingerprint"] == fingerprint and layout.damage(output_dir, card) is None:
             return card
     parts = output_dir.parent / f".{output_dir.name}.parts"
     _prepare_parts(parts, fingerprint)
     with WorkerPool(workers, collection, parts) as pool:
         chosen = _play_until_enough(pool, collection, tasks)
-    staging = output_dir.parent / f".{output_dir.name}.new"
-    card = _assemble(collection, fingerprint, chosen, parts, staging)
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    staging.replace(output_dir)
+    with replace_directory(output_dir) as folder:
+        _assemble(collection, fingerprint, chosen, parts, folder)
     shutil.rmtree(parts)
-    return card
+    return layout.read_card(output_dir)
 
 
 def _checked_tasks(collection: Collection) -> list[Task]:
@@ -125,11 +123,10 @@ def _prepare_parts(parts: Path, fingerprint: str) -> None:
 
 
 def _assemble(
-    collection: Collection, fingerprint: str, chosen: list[tuple[Task, list[int]]], parts: Path, staging: Path
-) -> dict[str, Any]:
+    collection: Collection, fingerprint: str, chosen: list[tuple[Task, list[int]]], parts: Path, folder: Path
+) -> None:
     """Join the parts into the final files; the card comes last."""
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / layout.IMAGES_NAME).mkdir(parents=True)
+    (folder / layout.IMAGES_NAME).mkdir()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("task", "episode", "step", "state", "action")}
     episodes: list[dict[str, Any]] = []
     for index, (task, init_state_ids) in enumerate(chosen):
@@ -144,10 +141,10 @@ def _assemble(
                 columns["action"].append(part["action"])
                 images.append(part["images"])
             episodes.append({"task": index, "init_state_id": init_state_id, "steps": length})
-        np.save(staging / layout.image_name(task.suite, task.task_id), np.concatenate(images))
+        np.save(folder / layout.image_name(task.suite, task.task_id), np.concatenate(images))
     arrays = {name: np.concatenate(values) for name, values in columns.items()}
-    pq.write_table(layout.steps_table(arrays), staging / layout.STEPS_NAME, compression="zstd")
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    pq.write_table(layout.steps_table(arrays), folder / layout.STEPS_NAME, compression="zstd")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     card = {
         **layout.LAYOUT,
         "fingerprint": fingerprint,
@@ -162,7 +159,6 @@ def _assemble(
             "state": layout.normalisation(arrays["state"]),
             "actions": layout.normalisation(arrays["action"]),
         },
-        "files": {path.relative_to(staging).as_posix(): layout.file_digest(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): layout.file_digest(path) for path in files},
     }
-    (staging / layout.CARD_NAME).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    return card
+    (folder / layout.CARD_NAME).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -89,12 +89,9 @@ def load(directory: Path) -> Demonstrations:
         UserError: the folder holds no such set, one of another layout, or a damaged or incomplete one.
     """
     card = read_card(directory)
-    for name, digest in card["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing although {CARD_NAME} lists it; collect the demonstrations again")
-        if file_digest(path) != digest:
-            raise UserError(f"{path}: content differs from {CARD_NAME}'s sha256 (truncated or edited); collect again")
+    found = damage(directory, card)
+    if found is not None:
+        raise UserError(f"{found}; collect the demonstrations again")
     steps = pq.read_table(directory / STEPS_NAME)
     images = [np.load(directory / image_name(task["suite"], task["task_id"])) for task in card["tasks"]]
     step = steps["step"].to_numpy()
@@ -115,6 +112,17 @@ def load(directory: Path) -> Demonstrations:
     )
 
 
+def damage(directory: Path, card: dict[str, Any]) -> str | None:
+    """What is wrong with the first file that does not match the card, or None if all are as they were written."""
+    for name, digest in card["files"].items():
+        path = directory / name
+        if not path.is_file():
+            return f"{path}: missing although {CARD_NAME} lists it"
+        if file_digest(path) != digest:
+            return f"{path}: content differs from {CARD_NAME}'s sha256 (truncated or edited)"
+    return None
+
+
 def read_card(directory: Path) -> dict[str, Any]:
     """The card of a set of demonstrations, its layout checked.
 
@@ -127,7 +135,7 @@ def read_card(directory: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); collect the demonstrations again") from error
+        raise UserError(f"{path}: not JSON ({error}); remove the folder and collect again") from error
     for key, expected in LAYOUT.items():
         found = card.get(key) if isinstance(card, dict) else None
         if found != expected:

@@ -87,4 +87,6 @@ def save_part(recording: Recording, path: Path) -> None:
         np.savez(
             file, success=recording.success, state=recording.state, action=recording.action, images=recording.images
         )
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -20,6 +18,7 @@ from pi0rl.errors import UserError
 from pi0rl.libero.rendering import PROFILES, Renderer
 from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import Task
+from pi0rl.progress import Progress
 from pi0rl.sft.recording import Collection, part_name, play, save_part
 
 Unit = tuple[Task, list[int]]
@@ -61,7 +60,7 @@ class WorkerPool:
         """
         queue = deque(_split(units, len(self._processes)))
         total = sum(len(init_state_ids) for _, init_state_ids in queue)
-        progress = _ProgressLine(total)
+        progress, done, failed = Progress("demos", total, "episode"), 0, 0
         left: dict[Connection, int] = {}
         for connection in self._processes:
             if queue:
@@ -70,7 +69,8 @@ class WorkerPool:
             for connection in wait(list(left)):
                 assert isinstance(connection, Connection)
                 result = self._receive(connection)
-                progress.advance(result[2])
+                done, failed = done + 1, failed + (not result[2])
+                progress.update(done, f"{failed} failed")
                 yield result
                 left[connection] -= 1
                 if left[connection] == 0:
@@ -136,25 +136,3 @@ def _die_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
-
-
-class _ProgressLine:
-    """Episodes done and the time left, on stderr: one line rewritten in a terminal, else a line every few seconds."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._failed = total, 0, 0
-        self._started = self._printed = time.monotonic()
-
-    def advance(self, success: bool) -> None:
-        self._done += 1
-        self._failed += not success
-        now = time.monotonic()
-        finished = self._done == self._total
-        if now - self._printed < (0.2 if sys.stderr.isatty() else 5.0) and not finished:
-            return
-        self._printed = now
-        elapsed = now - self._started
-        left = elapsed / self._done * (self._total - self._done)
-        line = f"demos: {self._done}/{self._total} episodes, {self._failed} failed, {elapsed:.0f} s, {left:.0f} s left"
-        end = "" if sys.stderr.isatty() and not finished else "\n"
-        print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
