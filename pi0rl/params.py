@@ -161,7 +161,7 @@ class OpenpiParams(Section):
     train_expert_only: bool = True
     action_env_dim: Positive | None = None
     noise_method: Literal["flow_sde", "flow_noise", "reinflow", "flow_cps", "flow_ode"] = "flow_sde"
-    stochastic_steps: Literal["one", "all"] = "one"
+    stochastic_steps: Literal["one", "last", "all"] = "one"
     joint_logprob: bool = False
     add_value_head: bool = True
     value_after_vlm: bool = False

@@ -15,6 +15,8 @@ from pi0rl.rl.config import UpdateConfig
 # The tiny policy's features are 128 wide; RLinf's (512, 256, 128) is made for 1024.
 TINY_CRITIC = (128, 64)
 
+_STOCHASTIC: dict[str, Literal["single", "last", "all"]] = {"one": "single", "last": "last", "all": "all"}
+
 
 def critic_config(params: Params) -> CriticConfig | None:
     """The value head that ``openpi`` asks for."""
@@ -47,7 +49,7 @@ def sampler_config(params: Params) -> SamplerConfig:
         action_chunk=model.num_action_chunks,
         env_action_dim=model.action_dim,
         noise_level=openpi.noise_level,
-        stochastic="joint" if openpi.joint_logprob else "all" if openpi.stochastic_steps == "all" else "single",
+        stochastic="joint" if openpi.joint_logprob else _STOCHASTIC[openpi.stochastic_steps],
     )
 
 

@@ -35,6 +35,7 @@ class SamplerConfig:
         env_action_dim: E, the action dimensions the environment uses; log-probs and entropy are restricted to them.
         noise_level: a of flow_sde and flow_cps.
         stochastic: ``single``: one step k* per observation is stochastic, the others are ODE steps (S = 1);
+            ``last``: the same with k* = K - 1 always;
             ``all``: every step is stochastic, each with its own log-prob (S = K);
             ``joint``: every step is stochastic, one log-prob, the mean over the K steps and the prior of x_T (S = 1).
         ignore_last: ``single``: k* is never the last step.
@@ -46,7 +47,7 @@ class SamplerConfig:
     action_chunk: int = 5
     env_action_dim: int = 7
     noise_level: float = 0.5
-    stochastic: Literal["single", "all", "joint"] = "single"
+    stochastic: Literal["single", "last", "all", "joint"] = "single"
     ignore_last: bool = False
     squared_error_log_prob: bool = False
 
@@ -117,7 +118,7 @@ class Sample:
     Attributes:
         actions: float32 [B, H, D], the end of the chain.
         chains: float32 [B, K + 1, H, D], x_T first.
-        denoise_inds: int64 [B, 1] (single) or [B, K] (all, joint): the stochastic steps, -1 where none (eval).
+        denoise_inds: int64 [B, 1] (single, last) or [B, K] (all, joint): the stochastic steps, -1 where none (eval).
         log_probs: float32 [B, S, C, E].
         values: float32 [B]; zeros without a critic.
     """
@@ -217,9 +218,11 @@ class _Steps:
 
 def _draw_stochastic_steps(config: SamplerConfig, uniform: Tensor, train: bool) -> Tensor:
     """denoise_inds for a batch: int64 [B, 1] or [B, K]."""
-    kept = 1 if config.stochastic == "single" else config.num_steps
+    kept = 1 if config.stochastic in ("single", "last") else config.num_steps
     if not train:
         return torch.full((len(uniform), kept), -1, device=uniform.device)
+    if config.stochastic == "last":
+        return torch.full((len(uniform), 1), config.num_steps - 1, device=uniform.device)
     if config.stochastic == "single":
         candidates = config.num_steps - (1 if config.ignore_last else 0)
         return (uniform * candidates).long().clamp_max(candidates - 1)[:, None]
@@ -257,7 +260,7 @@ def sample(
         log_probs.append(steps.log_prob(x, mean, std))
         values.append(policy.value(prefix, features, config.action_chunk))
     per_step, value_steps = torch.stack(log_probs, dim=1), torch.stack(values, dim=1)
-    if config.stochastic == "single":
+    if config.stochastic in ("single", "last"):
         kept = per_step.gather(1, chosen.clamp_min(0)[:, :, None, None].expand(-1, -1, *per_step.shape[2:]))
     elif config.stochastic == "joint":
         kept = (steps.prior(noise.initial) + per_step.sum(1))[:, None] / (config.num_steps + 1)
