@@ -137,7 +137,7 @@ def test_a_killed_collection_leaves_no_process_and_goes_on(collected: Path, tmp_
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen([sys.executable, str(program), str(output)], env=environment)
     parts = tmp_path / ".resumed.parts"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(parts.glob("*.npz")) and time.monotonic() < deadline:
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
