@@ -62,7 +62,8 @@ def fetch(experiment: Experiment) -> None:
     fetch_params = experiment.params.fetch
     if fetch_params is None:
         raise UserError("fetch: the params name no checkpoint; set fetch.checkpoint to a folder or a hub id")
-    policy = load_policy(fetch_params.checkpoint)
+    revision = f"@{fetch_params.revision}" if fetch_params.revision else ""
+    policy = load_policy(fetch_params.checkpoint + revision)
     with replace_directory(experiment.stage_dir("sft")) as folder:
         save_policy(policy, folder / "policy")
 
