@@ -52,7 +52,7 @@ class FetchParams(Section):
     """An existing SFT checkpoint to start from, instead of ``demos`` and ``sft``: a local folder or a hub id."""
 
     checkpoint: str
-    revision: str | None = None
+    revision: str = "main"
 
 
 class SftParams(Section):

@@ -62,8 +62,9 @@ def fetch(experiment: Experiment) -> None:
     fetch_params = experiment.params.fetch
     if fetch_params is None:
         raise UserError("fetch: the params name no checkpoint; set fetch.checkpoint to a folder or a hub id")
-    revision = f"@{fetch_params.revision}" if fetch_params.revision else ""
-    policy = load_policy(fetch_params.checkpoint + revision)
+    local = Path(fetch_params.checkpoint).is_dir()
+    source = fetch_params.checkpoint if local else f"{fetch_params.checkpoint}@{fetch_params.revision}"
+    policy = load_policy(source)
     with replace_directory(experiment.stage_dir("sft")) as folder:
         save_policy(policy, folder / "policy")
 
