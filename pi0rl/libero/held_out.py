@@ -49,7 +49,7 @@ def main() -> None:
     states = {task.name: held_out_states(task) for task in suite_tasks(suite)}
     HELD_OUT_DIR.mkdir(exist_ok=True)
     temporary = HELD_OUT_DIR / f".{suite}.{os.getpid()}.npz"
-    np.savez_compressed(temporary, **states)
+    np.savez_compressed(temporary, **states)  # pyright: ignore[reportArgumentType]
     temporary.replace(HELD_OUT_DIR / f"{suite}.npz")
 
 
