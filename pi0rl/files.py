@@ -21,10 +21,13 @@ def replace_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     temporary.rename(target)
     _flush_one(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_text(target: Path, text: str) -> None:

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from golden_files import architecture
 from goldens import golden, golden_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pi0rl.observation import Observation
-from pi0rl.policy.config import Pi0Config, TransformerConfig, VisionConfig
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.model import ModelInputs
 from pi0rl.policy.policy import Policy
@@ -37,25 +37,7 @@ def start_policy(folder: str, model: dict) -> Policy:
     """The policy the reference started from: pi0 or pi0.5, with heads as the case has them."""
     pi05 = folder == "train_step_pi05"
     weights = golden("rl_sampler_pi05/vlm_value" if pi05 else "openpi_tiny")
-    sizes = json.loads((weights / "config.json").read_text())["sizes"]
-    vision = {"mlp_dim" if key == "intermediate_size" else key: value for key, value in sizes["vision"].items()}
-    config = Pi0Config(
-        vision=VisionConfig(
-            width=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            mlp_dim=vision["mlp_dim"],
-            num_heads=vision["num_attention_heads"],
-            patch_size=vision["patch_size"],
-            image_size=vision["image_size"],
-        ),
-        text=TransformerConfig(**sizes["text"]),
-        expert=TransformerConfig(**sizes["expert"]),
-        vocab_size=sizes["vocab"],
-        max_token_len=sizes["max_token_len"],
-        action_dim=sizes["action_dim"],
-        action_horizon=sizes["action_horizon"],
-        pi05=pi05,
-    )
+    config = architecture(weights)
     tensors = load_file(weights / "model.safetensors")
     tensors[VLM + "model.language_model.embed_tokens.weight"] = tensors.pop(VLM + "lm_head.weight")
     del tensors["paligemma_with_expert.gemma_expert.lm_head.weight"]

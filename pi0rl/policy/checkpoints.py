@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
 from pi0rl.errors import UserError
+from pi0rl.files import replace_directory
 from pi0rl.policy.config import Pi0Config
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.foreign import load_openpi
@@ -20,7 +21,7 @@ from pi0rl.policy.lerobot import load_lerobot
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.processing import Normalisation, Processing
 from pi0rl.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
-from pi0rl.policy.weights import assign, policy_tensors, read_json, read_safetensors, replaced_directory, sha256
+from pi0rl.policy.weights import assign, policy_tensors, read_json, read_safetensors, sha256
 
 FORMAT = "pi0rl"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -29,7 +30,7 @@ _SENTENCEPIECE, _HUGGINGFACE = "tokenizer.model", "tokenizer.json"
 
 def save_policy(policy: Policy, directory: Path) -> None:
     """Write the policy; ``directory`` appears complete or not at all, and replaces what was there."""
-    with replaced_directory(directory) as temporary:
+    with replace_directory(directory) as temporary:
         save_file({name: t.contiguous() for name, t in policy_tensors(policy).items()}, temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)  # safetensors makes files private
         tokenizer = _write_tokenizer(policy.processing.tokenizer, temporary)
