@@ -24,7 +24,7 @@ from pi0rl.cluster.setup import critic_config, loop_config, noise_config, player
 from pi0rl.errors import UserError
 from pi0rl.evaluation.table import episode_table, write_episode_table
 from pi0rl.experiment import Experiment
-from pi0rl.files import replace_directory
+from pi0rl.files import replace_directory, replace_text
 from pi0rl.libero.plan import Episode, Split, evaluation_plan
 from pi0rl.libero.slots import EpisodeResult
 from pi0rl.libero.suites import suite_tasks
@@ -40,6 +40,9 @@ from pi0rl.sft.collection import Collection, collect
 from pi0rl.sft.demonstrations import load
 from pi0rl.sft.imitation import imitate
 from pi0rl.tracking.metrics import MetricsWriter
+
+# In a training folder: what the run was begun from. Only a run that was begun from the same is resumed.
+ORIGIN = "origin.txt"
 
 
 def demos(experiment: Experiment) -> None:
@@ -124,12 +127,14 @@ def _validation(params: Params, policy: Policy, folder: Path) -> Iterator[Callab
 def train(experiment: Experiment) -> None:
     """``train/``: PPO or GRPO from the SFT policy; goes on from its last checkpoint if there is one."""
     params, folder = experiment.params, experiment.stage_dir("train")
-    if (folder / "policy").is_dir():
-        shutil.rmtree(folder)  # a finished training is not continued but repeated
+    origin = _origin(params, experiment.stage_dir("sft") / "policy")
+    if (folder / "policy").is_dir() or not _began_as(folder, origin):
+        shutil.rmtree(folder, ignore_errors=True)  # finished, or begun from something else: from the start
     start = folder / "start"
     if not start.is_dir():
         policy = load_policy(experiment.stage_dir("sft") / "policy")
         save_policy(with_heads(policy, critic_config(params), noise_config(params), params.seed), start)
+        replace_text(folder / ORIGIN, origin)
     config = loop_config(params)
     with ray_session(params.cluster, params.env.train.workers), MetricsWriter(experiment) as writer:
         placement = resolve_placement(params.cluster, available_gpus())
@@ -149,6 +154,16 @@ def train(experiment: Experiment) -> None:
     final.rename(folder / "policy")
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(start)
+
+
+def _origin(params: Params, policy: Path) -> str:
+    """All that decides a training run: its params and the policy it starts from."""
+    sections = {"seed", "suites", "cluster", "env", "rollout", "actor", "openpi", "algorithm", "runner"}
+    return params.model_dump_json(include=sections, indent=1) + "\n" + (policy / "config.json").read_text()
+
+
+def _began_as(folder: Path, origin: str) -> bool:
+    return (folder / ORIGIN).is_file() and (folder / ORIGIN).read_text() == origin
 
 
 def _headline(iteration: Iteration) -> str:
