@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pi0rl import __version__
 from pi0rl.errors import UserError
@@ -36,7 +37,7 @@ EXAMPLES = """examples:
   pi0rl run quickstart --set seed=1 --set runner.max_epochs=30
   pi0rl run runs/again                            go on with a frozen experiment
   pi0rl run libero_10_ppo_openpi                  a full-size experiment of params/
-  pi0rl train quickstart                          one stage alone, without DVC
+  pi0rl train quickstart                          one stage, up to date or not
   pi0rl status quickstart                         which stages are up to date
   pi0rl doctor                                    check this machine
 """
@@ -111,10 +112,11 @@ def _opened(options: argparse.Namespace) -> Experiment:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    """One stage's function, timed."""
+    """One stage's function, timed; DVC is told of it, so that it counts as done however it was started."""
     experiment = _opened(options)
+    resolve(experiment)
     if options.command == "resolve":
-        return resolve(experiment)
+        return
     from pi0rl import stages  # heavy imports only for those who run a stage
 
     started, clock = datetime.now(UTC), time.monotonic()
@@ -123,6 +125,16 @@ def _stage(options: argparse.Namespace) -> None:
     if folder.is_dir():
         timing = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 1)}
         replace_text(folder / "timing.json", json.dumps(timing) + "\n")
+    if "DVC_STAGE" not in os.environ:
+        dvc = str(Path(sys.executable).parent / "dvc")
+        done = [experiment.address(stage) for stage in experiment.stages if stage in ("resolve", options.command)]
+        run_child(
+            [dvc, "commit", "--quiet", "--force", *done],
+            cwd=experiment.root,
+            environment={},
+            on_line=None,
+            send=os.killpg,
+        )
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,0 +1,112 @@
+"""The command line: mistakes end in one line and exit code 2; experiments are frozen from one set of stages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from projects import ROOT, call, environment, make_project
+
+from pi0rl.experiment import open_experiment
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project") / "p")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "quickstar"), ("params/quickstar.yaml", "known ones: quickstart")),
+        (("run", "quickstart", "--set", "sftt.steps=3"), ("unknown key sftt", "did you mean sft?")),
+        (("sft", "quickstart", "--set", "seed"), ("expected key=value",)),
+        (("sft", "quickstart", "--output", "elsewhere"), ("--output elsewhere", "expected a folder below")),
+        (("sft", "quickstart", "--output", "runs/quickstart", "--set", "seed=1"), ("belongs to the plain",)),
+        (("sft", "quickstart", "--output", "runs/taken/again"), ("cannot write", "runs/taken")),
+    ],
+)
+def test_a_mistake_is_one_line(project: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    (project / "runs").mkdir(exist_ok=True)
+    (project / "runs" / "taken").write_text("a file where a folder should be")
+    result = call(*arguments, cwd=project)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("pi0rl: error: ")
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_outside_a_project_it_says_so(tmp_path: Path) -> None:
+    result = call("run", "quickstart", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "not inside a pi0rl project" in result.stderr
+
+
+def test_help_shows_examples() -> None:
+    result = call("--help", cwd=ROOT)
+    assert result.returncode == 0
+    assert "pi0rl run quickstart --output runs/again" in result.stdout
+
+
+def test_the_projects_own_experiment_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment = open_experiment("quickstart")
+    assert experiment.reference == "quickstart"
+    assert experiment.run_dir == ROOT / "runs" / "quickstart"
+    assert experiment.address("train") == "dvc.yaml:train"
+    assert experiment.stages == ("resolve", "demos", "sft", "train", "evaluate", "report")
+
+
+def test_a_frozen_experiment_has_the_same_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    (project / "dvc.yaml").rename(project / "small.yaml")
+    (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    try:
+        experiment = open_experiment("quickstart", ("seed=7",), "runs/again")
+    finally:
+        (project / "small.yaml").rename(project / "dvc.yaml")
+    root, derived = (yaml.safe_load(path.read_text()) for path in (ROOT / "dvc.yaml", experiment.dvc_file))
+    assert derived["vars"][0]["run"] == "runs/again"
+    assert experiment.report_dir == project / "reports" / "again"
+    assert [name for name in root["stages"] if name != "resolve"] == list(derived["stages"])
+    for name, stage in derived["stages"].items():
+        assert stage.pop("wdir") == "../.."
+        assert stage == root["stages"][name]
+    monkeypatch.chdir(project / "runs")
+    again = open_experiment(str(experiment.run_dir))
+    assert again.params.seed == 7
+    assert again.run_dir == experiment.run_dir
+
+
+def test_fetch_takes_the_place_of_demos_and_sft(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    experiment = open_experiment("quickstart", ("fetch.checkpoint=someone/pi0",), "runs/fetched")
+    assert experiment.stages == ("fetch",)
+    assert yaml.safe_load(experiment.dvc_file.read_text())["stages"]["fetch"]["outs"] == ["${run}/sft"]
+
+
+def test_every_dependency_of_the_real_stages_exists() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    named = {dep for stage in stages.values() for dep in stage["deps"] if "$" not in dep}
+    assert [dep for dep in sorted(named) if not (ROOT / dep).exists()] == []
+
+
+def test_every_params_key_of_the_real_stages_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tree = open_experiment("quickstart").params.model_dump()
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for stage in stages.values():
+        for key in [key for entry in stage.get("params", []) for keys in entry.values() for key in keys]:
+            section = tree
+            for part in key.split("."):
+                section = section[part]
+
+
+def test_status_says_what_is_up_to_date(project: Path) -> None:
+    dvc = [str(Path(sys.executable).parent / "dvc"), "repro", "--single-item", "resolve"]
+    subprocess.run(dvc, cwd=project, env=environment(), check=True, capture_output=True)
+    assert call("status", "quickstart", cwd=project).stdout.splitlines()[0] == "resolve  up to date"

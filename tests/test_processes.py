@@ -1,0 +1,65 @@
+"""Child processes: output as it comes, exit codes, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from projects import ROOT
+
+from pi0rl.processes import run_child
+
+# A supervisor as `pi0rl run` is one: it watches a shell that watches a sleeper
+SUPERVISOR = """
+import os, sys
+from pathlib import Path
+from pi0rl.processes import Interrupted, raise_on_signals, run_child
+raise_on_signals()
+try:
+    run_child(["sh", "-c", "sleep 300 & echo $! > sleeper; wait"], Path.cwd(), {}, print, os.killpg)
+except Interrupted as interruption:
+    sys.exit(128 + interruption.signum)
+"""
+
+
+def test_lines_and_exit_code(tmp_path: Path) -> None:
+    lines: list[str] = []
+    command = ["sh", "-c", "echo $WORD; echo wrong >&2; exit 3"]
+    assert run_child(command, tmp_path, {"WORD": "hello"}, lines.append, os.killpg) == 3
+    assert lines == ["hello", "wrong"]
+
+
+def test_death_by_signal_is_128_and_more(tmp_path: Path) -> None:
+    assert run_child(["sh", "-c", "kill -9 $$"], tmp_path, {}, None, os.killpg) == 128 + signal.SIGKILL
+
+
+def test_strays_end_with_the_child(tmp_path: Path) -> None:
+    command = ["sh", "-c", "sleep 300 > /dev/null 2>&1 & echo $! > stray"]
+    assert run_child(command, tmp_path, {}, print, os.killpg) == 0
+    assert not psutil.pid_exists(int((tmp_path / "stray").read_text()))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_supervisor_stops_its_child(tmp_path: Path, signum: signal.Signals) -> None:
+    supervisor, sleeper = _supervised(tmp_path)
+    supervisor.send_signal(signum)
+    assert supervisor.wait(timeout=60) == 128 + signum
+    assert not psutil.pid_exists(sleeper)
+
+
+def _supervised(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR], cwd=folder, env=environment)
+    sleeper = folder / "sleeper"
+    deadline = time.monotonic() + 60
+    while not (sleeper.is_file() and sleeper.read_text().strip()):
+        assert supervisor.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return supervisor, int(sleeper.read_text())
