@@ -12,7 +12,10 @@ from pathlib import Path
 @contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
     """A new empty folder that takes the place of ``target`` when the block succeeds, and vanishes when it fails."""
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
+    if old.exists() and not target.exists():
+        old.rename(target)  # killed between the two renames below
+    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -21,8 +24,6 @@ def replace_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     temporary.rename(target)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.dataclasses import dataclass
 
 from pi0rl.errors import UserError
-from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig
+from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -43,7 +43,7 @@ class DemosParams(Section):
 
     episodes_per_task: Positive = 10
     init_state_ids: tuple[NonNegative, NonNegative] = (0, 50)
-    seed: int = 0
+    seed: NonNegative = 0
     action_noise: Rate = 0.0
     workers: Positive = 2
 
@@ -122,7 +122,7 @@ class EnvParams(Section):
     camera_size: Positive = 256
     render_profile: Literal["reference", "fast"] = "reference"
     settle_steps: NonNegative = 10
-    seed: int = 0
+    seed: NonNegative = 0
     train: EnvTrainParams = EnvTrainParams()
     eval: EnvEvalParams = EnvEvalParams()
 
@@ -202,14 +202,14 @@ class EvaluationParams(Section):
 
     split: Literal["official", "held_out"] = "held_out"
     episodes_per_task: Positive = 10
-    seed: int = 1000
+    seed: NonNegative = 1000
     videos_per_policy: NonNegative = 4
 
 
 class Params(Section):
     """An experiment."""
 
-    seed: int = 0
+    seed: NonNegative = 0
     suites: tuple[str, ...] = Field(default=("libero_object",), min_length=1)
     fetch: FetchParams | None = None
     demos: DemosParams = DemosParams()
@@ -261,8 +261,22 @@ class Params(Section):
             ("env.train", train.total_num_envs, train.workers),
             ("env.eval", self.env.eval.total_num_envs, self.env.eval.workers),
         ):
-            if count % workers:
-                raise ValueError(f"{where}.workers {workers} does not divide {where}.total_num_envs {count}")
+            if count % (workers * self.rollout.pipeline_stage_num):
+                raise ValueError(
+                    f"{where}.total_num_envs {count} does not divide into {where}.workers {workers} x "
+                    f"rollout.pipeline_stage_num {self.rollout.pipeline_stage_num}"
+                )
+        for where, (first, end) in (
+            ("demos.init_state_ids", self.demos.init_state_ids),
+            ("env.train.init_state_ids", train.init_state_ids),
+        ):
+            if first >= end:
+                raise ValueError(f"{where} is [{first}, {end}]: expected first (included) below last (excluded)")
+        if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
+            raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
+        if self.algorithm.kl_beta > 0:
+            raise ValueError("algorithm.kl_beta: the KL term to the SFT policy is not available yet; leave it at 0")
+        UpdateConfig(self.algorithm, self.actor.optim, self.actor.global_batch_size, self.actor.micro_batch_size)
         return self
 
 
@@ -278,7 +292,11 @@ def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
         key, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"--set {override}: expected key=value, for example --set seed=1")
-        _set(tree, key.strip(), yaml.safe_load(text), override)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: the value is not valid YAML") from error
+        _set(tree, key.strip(), value, override)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(_interpolatable(tree)), resolve=True)
     except OmegaConfBaseException as error:
@@ -316,6 +334,8 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
     base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the name of a params file, got {base!r}")
     return tree if base is None else _merge(_compose(path.parent / base, (*seen, path)), tree)
 
 

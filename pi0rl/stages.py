@@ -22,6 +22,7 @@ from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import available_gpus, ray_session
 from pi0rl.cluster.setup import critic_config, loop_config, noise_config, players_config
 from pi0rl.errors import UserError
+from pi0rl.evaluation.statistics import require_complete
 from pi0rl.evaluation.table import episode_table, write_episode_table
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_directory, replace_text
@@ -40,6 +41,7 @@ from pi0rl.sft.collection import Collection, collect
 from pi0rl.sft.demonstrations import load
 from pi0rl.sft.imitation import imitate
 from pi0rl.tracking.metrics import MetricsWriter
+from pi0rl.tracking.publish import publish
 
 # In a training folder: what the run was begun from. Only a run that was begun from the same is resumed.
 ORIGIN = "origin.txt"
@@ -127,14 +129,26 @@ def _validation(params: Params, policy: Policy, folder: Path) -> Iterator[Callab
 def train(experiment: Experiment) -> None:
     """``train/``: PPO or GRPO from the SFT policy; goes on from its last checkpoint if there is one."""
     params, folder = experiment.params, experiment.stage_dir("train")
-    origin = _origin(params, experiment.stage_dir("sft") / "policy")
-    if (folder / "policy").is_dir() or not _began_as(folder, origin):
+    sft_policy = experiment.stage_dir("sft") / "policy"
+    _require(sft_policy, "sft")
+    origin = _origin(params, sft_policy)
+    finished, checkpoints, start = folder / "policy", folder / "checkpoints", folder / "start"
+    if (finished.is_dir() and not checkpoints.is_dir()) or not _began_as(folder, origin):
         shutil.rmtree(folder, ignore_errors=True)  # finished, or begun from something else: from the start
-    start = folder / "start"
     if not start.is_dir():
-        policy = load_policy(experiment.stage_dir("sft") / "policy")
+        policy = load_policy(sft_policy)
+        _require_horizon(params, policy)
         save_policy(with_heads(policy, critic_config(params), noise_config(params), params.seed), start)
         replace_text(folder / ORIGIN, origin)
+    if not finished.is_dir():
+        _run_loop(experiment, start).rename(finished)
+    shutil.rmtree(checkpoints)
+    shutil.rmtree(start)
+
+
+def _run_loop(experiment: Experiment, start: Path) -> Path:
+    """The training loop with its metrics and its progress; returns the folder of the final policy."""
+    params, folder = experiment.params, experiment.stage_dir("train")
     config = loop_config(params)
     with ray_session(params.cluster, params.env.train.workers), MetricsWriter(experiment) as writer:
         placement = resolve_placement(params.cluster, available_gpus())
@@ -150,10 +164,18 @@ def train(experiment: Experiment) -> None:
             progress.update(iteration.number + 1, _headline(iteration), always=True)
 
         players = players_config(params, params.env.train)
-        final = run_loop(config, players, placement, start, folder, on_iteration, on_resume)
-    final.rename(folder / "policy")
-    shutil.rmtree(folder / "checkpoints")
-    shutil.rmtree(start)
+        return run_loop(config, players, placement, start, folder, on_iteration, on_resume)
+
+
+def _require(policy: Path, stage: str) -> None:
+    if not (policy / "config.json").is_file():
+        raise UserError(f"{policy}: no such checkpoint; run `pi0rl {stage}` first")
+
+
+def _require_horizon(params: Params, policy: Policy) -> None:
+    chunk, horizon = params.actor.model.num_action_chunks, policy.config.action_horizon
+    if chunk > horizon:
+        raise UserError(f"actor.model.num_action_chunks is {chunk} but this policy predicts {horizon} actions")
 
 
 def _origin(params: Params, policy: Path) -> str:
@@ -170,7 +192,8 @@ def _headline(iteration: Iteration) -> str:
     metrics, timing = iteration.metrics, iteration.timing
     return (
         f"success {metrics['env/success_once']:.2f}, length {metrics['env/episode_len']:.0f}, "
-        f"KL {metrics['actor/approx_kl']:.3f}, explained variance {metrics.get('critic/explained_variance', 0.0):.2f}, "
+        f"KL {metrics.get('actor/approx_kl', 0.0):.3f}, "
+        f"explained variance {metrics.get('critic/explained_variance', 0.0):.2f}, "
         f"{timing['perf/env_steps_per_second']:.0f} env steps/s"
     )
 
@@ -184,11 +207,14 @@ def evaluate(experiment: Experiment) -> None:
     tables = []
     with replace_directory(experiment.stage_dir("evaluate")) as folder:
         for name, stage in (("sft", "sft"), (trained, "train")):
+            _require(experiment.stage_dir(stage) / "policy", stage)
             with _players(params, experiment.stage_dir(stage) / "policy") as players:
                 results = _play(players, plan, recorded, params, name)
             videos = _write_videos(folder, name, plan, results, params.video_cfg.info_on_video)
             tables.append(episode_table(name, plan, results, videos))
-        write_episode_table(pd.concat(tables, ignore_index=True), folder / "episodes.parquet")
+        table = pd.concat(tables, ignore_index=True)
+        require_complete(table, {params.evaluation.split: len(plan)})
+        write_episode_table(table, folder / "episodes.parquet")
 
 
 def _plan(params: Params, split: Split, episodes_per_task: int) -> tuple[Episode, ...]:
@@ -237,5 +263,6 @@ def _write_videos(
 
 
 def report(experiment: Experiment) -> None:
-    """``reports/<experiment>/``: results.json, Markdown and one HTML page from what the other stages left."""
+    """``reports/<experiment>/``: results.json, Markdown, one HTML page; and the experiment's MLflow run, completed."""
     write_report(experiment.run_dir, experiment.report_dir, experiment.name)
+    publish(experiment)

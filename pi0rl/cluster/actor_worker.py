@@ -39,13 +39,16 @@ class ActorWorker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
-        self._policy = load_policy(checkpoint).to(device)
-        self._sampler, self._config, self._device = sampler, config, device
+        self._checkpoint, self._sampler, self._config, self._device = checkpoint, sampler, config, device
         self._frozen_prefix = train_expert_only
-        self._trainable = self._policy.trainable_parameters(train_expert_only)
+
+    def start(self) -> None:
+        """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
+        self._policy = load_policy(self._checkpoint).to(self._device)
+        self._trainable = self._policy.trainable_parameters(self._frozen_prefix)
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
-        self._optimizer = PolicyOptimizer(actor, critic, config.optim)
+        self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)
 
     def resume(self, directory: Path) -> None:
         """Continue from what ``save`` wrote there (the policy itself comes in through ``checkpoint``)."""

@@ -14,7 +14,7 @@ import ray
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.placement import Placement
 from pi0rl.cluster.players import Players, PlayersConfig, Stopwatch, gpu_options
-from pi0rl.cluster.playing import fetch
+from pi0rl.cluster.playing import UPDATE_SECONDS, fetch
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.errors import UserError
 from pi0rl.files import replace_directory
@@ -97,7 +97,7 @@ def train(
 
 def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placement, policy: Path) -> Any:
     device = placement.actor[0] if placement.actor else None
-    return (
+    actor = (
         ray.remote(ActorWorker)
         .options(**gpu_options(placement, device))
         .remote(
@@ -109,6 +109,8 @@ def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placemen
             "cpu" if device is None else "cuda",
         )
     )
+    fetch(actor.start.remote(), "the actor")
+    return actor
 
 
 def _iterate(config: LoopConfig, players: Players, actor: Any, number: int) -> Iteration:
@@ -118,7 +120,8 @@ def _iterate(config: LoopConfig, players: Players, actor: Any, number: int) -> I
     seconds = players.seconds()
     watch.lap("time/generate_rollouts")
     parts = players.trajectories(plan, config.rewards, config.max_episode_steps)
-    metrics = fetch(actor.update.remote(number, config.max_episode_steps, *parts), "the actor's update")
+    update = actor.update.remote(number, config.max_episode_steps, *parts)
+    metrics = fetch(update, "the actor's update", UPDATE_SECONDS)
     watch.lap("time/actor_training")
     players.load(actor.weights.remote())
     watch.lap("time/sync_weights")

@@ -68,6 +68,8 @@ class Players:
         self._envs = [
             env_class.options(num_cpus=1).remote(config.slot, slots, config.stages) for _ in range(config.workers)
         ]
+        for started in [rollout.start.remote() for rollout in self._rollouts]:
+            fetch(started, "a rollout worker")
         self._cells = [
             Cell(env, self._rollouts[index % len(self._rollouts)], index, stage)
             for stage in range(config.stages)

@@ -17,7 +17,8 @@ from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult
 
-WAIT_SECONDS = 900.0
+# A chunk takes seconds; an update of the full model may take an hour.
+WAIT_SECONDS, UPDATE_SECONDS = 900.0, 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def play(
         pending[status] = (index, look)
 
     for index, (cell, share) in enumerate(zip(cells, shares, strict=True)):
-        if share:
-            submit(index, cell.env.start.options(num_returns=2).remote(cell.stage, share, record))
+        submit(index, cell.env.start.options(num_returns=2).remote(cell.stage, share, record))
     while pending:
         status = wait_for(list(pending), "the env workers' next chunk")
         index, look = pending.pop(status)
@@ -85,20 +85,20 @@ def _complete(results: list[EpisodeResult], rows: Sequence[Episode]) -> list[Epi
     return [by_index[row.index] for row in rows]
 
 
-def wait_for(refs: list[Any], what: str) -> Any:
-    """The first of ``refs`` that is ready; a UserError that names ``what`` after WAIT_SECONDS of silence."""
-    ready, _ = ray.wait(refs, num_returns=1, timeout=WAIT_SECONDS, fetch_local=False)
+def wait_for(refs: list[Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
+    """The first of ``refs`` that is ready; a UserError that names ``what`` after ``seconds`` of silence."""
+    ready, _ = ray.wait(refs, num_returns=1, timeout=seconds, fetch_local=False)
     if not ready:
-        raise UserError(f"waited {WAIT_SECONDS:.0f} s for {what}; is a worker stuck? Run the same command to resume")
+        raise UserError(f"waited {seconds:.0f} s for {what}; is a worker stuck? Run the same command to resume")
     return ready[0]
 
 
-def fetch(ref: Any, what: str) -> Any:
+def fetch(ref: Any, what: str, seconds: float = WAIT_SECONDS) -> Any:
     """The value of ``ref``; a worker's UserError as it is, a dead worker as one line."""
     try:
-        return ray.get(wait_for([ref], what))
+        return ray.get(wait_for([ref], what, seconds))
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | OSError):
             raise error.cause from None
         raise
     except RayActorError as error:

@@ -54,12 +54,14 @@ class RolloutWorker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
-        self._policy = load_policy(checkpoint).to(device).eval()
-        self._sampler = sampler
-        self._device = device
+        self._checkpoint, self._sampler, self._device = checkpoint, sampler, device
         self._noise = NoiseKey(0, 0, 0)
         self._mode: Literal["train", "eval"] = "eval"
         self._recordings: dict[int, _Recording] = {}
+
+    def start(self) -> None:
+        """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
+        self._policy = load_policy(self._checkpoint).to(self._device).eval()
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Take over weights from the actor; the names may be a part of the policy's."""

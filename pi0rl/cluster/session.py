@@ -15,11 +15,18 @@ from pi0rl.params import ClusterParams
 # variables changed for actors that asked for none.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Of several workers that fail for one reason, the first is reported by us; Ray need not print the others.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what CUDA needs for deterministic matrix products
+}
 
 
 @contextmanager
@@ -39,7 +46,7 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
                 f"cluster.address {cluster.address}: no Ray answers there; run `ray start --head` on that node first"
             ) from error
     else:
-        ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own handler there, which ends the process unheard
     try:
         nodes = sum(node["Alive"] for node in ray.nodes())

@@ -6,10 +6,10 @@ was away, or a resumed run, leaves neither gaps nor double points.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment
 
 # step -> metric -> value
@@ -46,13 +46,14 @@ class Loggers:
 
 
 def open_loggers(experiment: Experiment) -> Loggers:
-    """The loggers that ``runner.logger.logger_backends`` names; raises UserError for one that pi0rl does not have."""
+    """The loggers that ``runner.logger.logger_backends`` names; says so where pi0rl does not have one."""
     loggers = []
     for name in experiment.params.runner.logger.logger_backends:
         if name not in _LOGGERS:
-            raise UserError(
-                f"runner.logger.logger_backends: there is no {name} logger yet; expected {' or '.join(_LOGGERS)}"
+            print(
+                f"runner.logger.logger_backends: no {name} logger yet; there are {', '.join(_LOGGERS)}", file=sys.stderr
             )
+            continue
         loggers.append(_LOGGERS[name](experiment))
     return Loggers(loggers)
 

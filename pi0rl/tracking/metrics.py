@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -117,8 +118,8 @@ class CsvTable:
         self._save()
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a row and write the file."""
-        self._rows[step] = {name: float(value) for name, value in values.items()}
+        """Add a row and write the file; a value that is not finite leaves its cell empty."""
+        self._rows[step] = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._save()
 
     def table(self) -> Table:
