@@ -82,6 +82,7 @@ def test_interrupted_it_leaves_nothing_and_goes_on(project: Path) -> None:
     assert "up to date" in status.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_runner_takes_its_stage_along(project: Path) -> None:
     (project / "slow").touch()
     process = start("run", "quickstart", cwd=project)
