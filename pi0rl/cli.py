@@ -117,6 +117,11 @@ def _stage(options: argparse.Namespace) -> None:
     resolve(experiment)
     if options.command == "resolve":
         return
+    if options.command not in experiment.stages:
+        raise UserError(
+            f"{experiment.name} has no stage {options.command}; its stages are {', '.join(experiment.stages)} "
+            "(an experiment with fetch.checkpoint starts from it, without demos and sft)"
+        )
     from pi0rl import stages  # heavy imports only for those who run a stage
 
     started, clock = datetime.now(UTC), time.monotonic()
@@ -128,13 +133,9 @@ def _stage(options: argparse.Namespace) -> None:
     if "DVC_STAGE" not in os.environ:
         dvc = str(Path(sys.executable).parent / "dvc")
         done = [experiment.address(stage) for stage in experiment.stages if stage in ("resolve", options.command)]
-        run_child(
-            [dvc, "commit", "--quiet", "--force", *done],
-            cwd=experiment.root,
-            environment={},
-            on_line=None,
-            send=os.killpg,
-        )
+        command = [dvc, "commit", "--quiet", "--force", *done]
+        if run_child(command, cwd=experiment.root, environment={}, on_line=None, send=os.killpg):
+            raise UserError(f"{options.command} is done, but DVC could not record it; what it said is above")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -57,6 +57,8 @@ def demos(experiment: Experiment) -> None:
         seed=params.demos.seed,
         camera_size=params.env.camera_size,
         render_profile=params.env.render_profile,
+        settle_steps=params.env.settle_steps,
+        scene_seed=params.env.seed,
         action_noise=params.demos.action_noise,
     )
     collect(collection, experiment.stage_dir("demos"), params.demos.workers)
@@ -264,5 +266,5 @@ def _write_videos(
 
 def report(experiment: Experiment) -> None:
     """``reports/<experiment>/``: results.json, Markdown, one HTML page; and the experiment's MLflow run, completed."""
-    write_report(experiment.run_dir, experiment.report_dir, experiment.name)
+    write_report(experiment.run_dir, experiment.report_dir, experiment.reference)
     publish(experiment)

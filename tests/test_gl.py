@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import subprocess
+import sys
 
-from pi0rl.errors import UserError
-from pi0rl.libero.gl import create_context
 from pi0rl.libero.gl_probe import probe_backends
 
 
@@ -19,7 +19,13 @@ def test_every_working_back_end_draws_the_same_pixels():
         assert len({probe.checksum for probe in working}) == 1
 
 
-def test_unknown_back_end_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MUJOCO_GL", "directx")
-    with pytest.raises(UserError, match="expected egl or osmesa"):
-        create_context()
+def test_unknown_back_end_is_one_clear_error():
+    program = (
+        "from pi0rl.libero.rendering import process_context\n"
+        "from pi0rl.errors import UserError\n"
+        "try: process_context()\n"
+        "except UserError as error: print(error)"
+    )
+    environment = os.environ | {"MUJOCO_GL": "directx"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "expected egl or osmesa" in done.stdout

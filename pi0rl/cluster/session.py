@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pi0rl.errors import UserError
 from pi0rl.params import ClusterParams
@@ -46,7 +47,7 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
                 f"cluster.address {cluster.address}: no Ray answers there; run `ray start --head` on that node first"
             ) from error
     else:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        _start_local(cpus, options)
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own handler there, which ends the process unheard
     try:
         nodes = sum(node["Alive"] for node in ray.nodes())
@@ -58,6 +59,15 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(cpus: int, options: dict[str, Any]) -> None:
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    except Exception as error:  # Ray raises nothing more specific when a part of it does not come up in time
+        ray.shutdown()
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Ray did not start ({reason}); is the machine overloaded or /tmp full? Try again") from error
 
 
 def available_gpus() -> int:

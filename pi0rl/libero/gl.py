@@ -79,7 +79,7 @@ def create_context(backends: tuple[str, ...] | None = None) -> GLContext:
 
 
 def _requested_backends() -> tuple[str, ...]:
-    requested = os.environ.get("MUJOCO_GL", "").strip().lower()
+    requested = os.environ.get("PI0RL_GL", "").strip().lower()  # the user's MUJOCO_GL, see __init__.py
     if requested in ("", "on", "true", "1", "enable", "enabled"):
         return BACKENDS
     if requested not in BACKENDS:

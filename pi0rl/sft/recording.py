@@ -26,10 +26,12 @@ class Collection:
         episodes_per_task: successful episodes wanted.
         init_state_ids: first (included) and last (excluded) init state to choose from.
         split: which init states.
-        seed: for the choice of init states, the disturbances, and the fixtures' places.
+        seed: for the choice of init states and the disturbances.
         camera_size: pixels of the square images.
         render_profile: a key of ``PROFILES``.
         image_stride: control steps between images.
+        settle_steps: no-op steps after a reset.
+        scene_seed: where LIBERO puts the fixtures.
         action_noise: standard deviation of the disturbance of the executed action (``Expert.disturb``); 0 for none.
     """
 
@@ -41,6 +43,8 @@ class Collection:
     split: Split = "official"
     render_profile: Literal["reference", "fast"] = "fast"
     image_stride: int = 1
+    settle_steps: int = 10
+    scene_seed: int = 0
     action_noise: float = 0.0
 
 
@@ -58,14 +62,14 @@ def play(simulation: Simulation, renderer: Renderer, collection: Collection, ini
     """Play one episode with the expert until success or the task's step limit."""
     task = simulation.task
     rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id, init_state_id])
-    simulation.reset(init_states(task, collection.split)[init_state_id])
+    simulation.reset(init_states(task, collection.split)[init_state_id], collection.settle_steps)
     expert = Expert(simulation, rng)
     states, actions, images = [], [], []
     for step in range(task.max_episode_steps):
         states.append(simulation.state())
         if step % collection.image_stride == 0:
             shown = simulation.render_state()
-            images.append([renderer.render(task, collection.seed, shown, camera) for camera in CAMERAS])
+            images.append([renderer.render(task, collection.scene_seed, shown, camera) for camera in CAMERAS])
         action = expert.action()
         actions.append(action.astype(np.float32))
         executed = expert.disturb(action, collection.action_noise) if collection.action_noise else actions[-1]

@@ -80,20 +80,23 @@ class WorkerPool:
 
     def _hand_out(self, connection: Connection, queue: deque[Unit]) -> int:
         unit = queue.popleft()
-        connection.send(unit)
+        try:
+            connection.send(unit)
+        except ConnectionError:  # the worker has ended: what it said, or its exit code, tells why
+            self._receive(connection)
         return len(unit[1])
 
     def _receive(self, connection: Connection) -> Result:
         try:
             message = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             process = self._processes[connection]
             process.join()
             raise UserError(
                 f"demos: a worker process died (exit code {process.exitcode}; -9 often means out of memory); "
                 "run the same command again to go on, with fewer demos.workers if memory was short"
             ) from None
-        if isinstance(message, UserError):
+        if isinstance(message, UserError | OSError):
             raise message
         return message
 
@@ -116,7 +119,7 @@ def _serve(connection: Connection, collection: Collection, parts: Path) -> None:
     try:
         while True:
             task, init_state_ids = connection.recv()
-            simulation = Simulation(task, collection.seed)
+            simulation = Simulation(task, collection.scene_seed)
             for init_state_id in init_state_ids:
                 path = parts / part_name(task, init_state_id)
                 if not path.exists():
@@ -124,10 +127,10 @@ def _serve(connection: Connection, collection: Collection, parts: Path) -> None:
                 with np.load(path) as part:
                     success = bool(part["success"])
                 connection.send((task, init_state_id, success))
-    except UserError as error:
-        connection.send(error)
     except EOFError:
         return
+    except (UserError, OSError) as error:
+        connection.send(error)
 
 
 def _die_with_parent() -> None:
