@@ -62,7 +62,6 @@ def test_outcomes_do_not_depend_on_the_number_of_workers(ray_cluster: None, chec
     outcomes = []
     for workers, stages in ((1, 1), (2, 2)):
         config = replace(players_config(params, params.env.train), workers=workers, stages=stages)
-        config = replace(config, slots=4 * workers * stages)  # the number of rows that are inferred together stays
         players = Players(config, CPU, checkpoint)
         outcomes.append(players.play(plan, NoiseKey(0, 0, 0), "train"))
         outcomes[-1] = [(result.index, result.success, result.steps, result.final_state) for result in outcomes[-1]]

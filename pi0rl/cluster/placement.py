@@ -1,7 +1,8 @@
 """``cluster.component_placement`` -> which GPUs (or the CPU) each component runs on.
 
 The published forms: ``env: 0-3``, ``rollout: 4-7``, ``actor: 0-7`` (ranges), ``env,rollout,actor: all`` (shared), and
-``cpu`` for a machine without GPUs.
+``cpu`` for a machine without GPUs. How many GPUs a component gets is honoured, which of them is up to Ray; env workers
+run on cores.
 """
 
 from __future__ import annotations
