@@ -88,7 +88,8 @@ def _rendering() -> Iterator[Check]:
     probes = probe_backends()
     for probe in probes:
         drawn = f"{probe.ms_per_frame:.1f} ms per 256 px frame, checksum {probe.checksum}, {probe.device}"
-        yield Check(f"GL {probe.backend}", drawn if probe.works else probe.error, True if probe.works else None)
+        reason = probe.error if len(probe.error) < 100 else probe.error[:100] + "..."
+        yield Check(f"GL {probe.backend}", drawn if probe.works else reason, True if probe.works else None)
     if not any(probe.works for probe in probes):
         advice = (
             "install libegl1 libegl-mesa0 libgl1-mesa-dri libgbm1 (EGL) or libosmesa6 (OSMesa), "
