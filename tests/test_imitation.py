@@ -1,4 +1,4 @@
-"""Imitation: windows, schedule, determinism, and that it learns at all."""
+"""Imitation: windows, schedule, determinism (that it learns: test_policy.py)."""
 
 from __future__ import annotations
 
@@ -48,11 +48,10 @@ def train(demonstrations: Demonstrations, seed: int, directory: Path) -> tuple[l
     return losses, (directory / "model.safetensors").read_bytes()
 
 
-def test_same_seed_same_bytes_and_the_loss_falls(demonstrations: Demonstrations, tmp_path: Path) -> None:
+def test_same_seed_same_bytes(demonstrations: Demonstrations, tmp_path: Path) -> None:
     losses, weights = train(demonstrations, 0, tmp_path / "a")
     assert (losses, weights) == train(demonstrations, 0, tmp_path / "b")
     assert weights != train(demonstrations, 1, tmp_path / "c")[1]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
 def test_windows_end_with_their_episode(demonstrations: Demonstrations) -> None:
