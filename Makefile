@@ -18,7 +18,7 @@ quickstart: $(STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt scripts/setup
+$(STAMP): pyproject.toml constraints.txt scripts/setup scripts/robosuite_macros.py
 	scripts/setup
 	@touch $@
 
