@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from pi0rl.errors import UserError
+from pi0rl.provenance import Commit, commit
 from pi0rl.report.page import write_report
 from pi0rl.report.plots import inline, learning_charts
-from pi0rl.report.provenance import Commit, commit
 from pi0rl.report.tables import summarise
 
 _OBJECTS = ("alphabet soup", "cream cheese", "salad dressing", "bbq sauce", "ketchup")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pi0rl import provenance
 from pi0rl.errors import UserError
 from pi0rl.files import replace_directory
-from pi0rl.report import plots, provenance
+from pi0rl.report import plots
 from pi0rl.report.inputs import Run, read_run
 from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, SUITE_LABELS, Summary, summarise
 from pi0rl.report.videos import Pair, choose_pairs

@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pi0rl.experiment import Experiment
 from pi0rl.params import params_hash
-from pi0rl.report.provenance import commit, versions
+from pi0rl.provenance import commit, versions
 from pi0rl.tracking.loggers import Table
 
 for _noisy in ("mlflow", "alembic"):  # they greet every new database with a page of lines
