@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pi0rl.errors import UserError
-from pi0rl.libero.rendering import PROFILES, Renderer, RenderProfile
+from pi0rl.libero import gl
+from pi0rl.libero.gl import create_context
+from pi0rl.libero.rendering import PROFILES, Renderer, RenderProfile, process_context
 from pi0rl.libero.simplify import Mesh, cluster
 from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import official_init_states, task
@@ -77,6 +80,29 @@ def test_two_renderers_of_one_process_do_not_disturb_each_other(simulation: Simu
     before = small.render(TASK, 0, state, "agentview")
     assert large.render(TASK, 0, state, "agentview").shape == (128, 128, 3)
     np.testing.assert_array_equal(small.render(TASK, 0, state, "agentview"), before)
+
+
+def test_another_context_of_the_process_stays_current(simulation: Simulation):
+    state, renderer = simulation.render_state(), Renderer(64, PROFILES["fast"])
+    before = renderer.render(TASK, 0, state, "agentview")
+    other = create_context()
+    back = other.switch()
+    try:
+        np.testing.assert_array_equal(renderer.render(TASK, 0, state, "agentview"), before)
+        # Switching to what is current has nothing to put back.
+        assert other.switch() is gl._leave
+    finally:
+        back()
+    assert process_context().switch() is gl._leave
+
+
+def test_a_second_thread_is_refused(simulation: Simulation):
+    state, renderer = simulation.render_state(), Renderer(64, PROFILES["fast"])
+    renderer.render(TASK, 0, state, "agentview")
+    if process_context().backend == "osmesa":
+        pytest.skip("OSMesa does not mind")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="one thread per process"):
+        pool.submit(renderer.render, TASK, 0, state, "agentview").result()
 
 
 def test_unknown_camera_and_size_are_refused(simulation: Simulation):

@@ -5,107 +5,37 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import mujoco
 import numpy as np
 import pytest
 
+from benchmarks.exactness import SIZES, compare, contact_rich_actions, probing_states, telling_tasks
 from pi0rl.errors import UserError
-from pi0rl.libero import goal, settle, suites
-from pi0rl.libero.compile import compiled_task, reference_variables
+from pi0rl.libero import settle, suites
+from pi0rl.libero.compile import compiled_task
 from pi0rl.libero.simulation import Simulation
-from pi0rl.libero.suites import Task, official_init_states, task
-
-ROLLOUT = Path(__file__).parent / "reference_rollout.py"
-OBSERVED = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+from pi0rl.libero.suites import official_init_states, task
 
 
-def contact_rich_actions(rng: np.random.Generator, steps: int) -> np.ndarray:
-    """Pushes into the table, saturating moves and turns, resting rotations, and a gripper that opens and closes."""
-    actions = np.empty((steps, 7))
-    for start in range(0, steps, 10):
-        action = rng.uniform(-1.5, 1.5, 7)
-        kind = (start // 10) % 4
-        if kind == 0:
-            action[:6] = [0.2, 0.0, -1.0, 0.0, 0.0, 0.0]
-        elif kind == 2:
-            action[3:6] = 0.0
-        actions[start : start + 10] = action
-    return actions
-
-
-def probing_states(scene: Task, init_state: np.ndarray) -> np.ndarray:
-    """States on both sides of every goal test: objects dropped around their places, joints around their thresholds."""
-    simulation = Simulation(scene)
-    simulation.reset(init_state, settle_steps=0)
-    model, data = simulation.model, simulation.data
-    probes = []
-    for test in compiled_task(scene, 0).goal:
-        if isinstance(test, goal.JointTest):
-            for offset in (-0.1, -1e-9, 0.0, 1e-9, 0.1):
-                probe = init_state.copy()
-                probe[1 + np.array(test.qpos)] = test.threshold + offset
-                probes.append(probe)
-            continue
-        moved = test.upper_body if isinstance(test, goal.OnObject) else test.body
-        place = data.xpos[test.lower_body] if isinstance(test, goal.OnObject) else data.site_xpos[test.site]
-        address = 1 + model.jnt_qposadr[model.body_jntadr[moved]]
-        for height in (-0.02, 0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.2):
-            for aside in (0.0, 0.02, 0.04):
-                probe = init_state.copy()
-                probe[address : address + 3] = place + np.array([aside, 0.0, height])
-                probes.append(probe)
-    return np.array(probes)
-
-
-def assert_equal_to_reference(scene: Task, seed: int, steps: int, folder: Path) -> None:
-    """Run the same episode here and in the reference and compare all of it bit for bit."""
-    states = official_init_states(scene)
-    init_state = states[seed % len(states)]
-    actions = contact_rich_actions(np.random.default_rng(seed), steps)
-    probes = probing_states(scene, init_state)
-    np.savez(folder / "input.npz", init_state=init_state, actions=actions, probes=probes)
-    command = [sys.executable, ROLLOUT, scene.bddl_file, str(seed), folder / "input.npz", folder / "output.npz"]
-    subprocess.run(command, env=reference_variables(), check=True, capture_output=True, stdin=subprocess.DEVNULL)
-    reference = dict(np.load(folder / "output.npz"))
-
-    simulation = Simulation(scene, seed)
-    simulation.reset(init_state, settle_steps=0)
-    touched = 0
-    for row in range(steps + 1):
-        success = simulation.step(actions[row - 1]) if row else simulation.success()
-        robot = simulation.proprioception()
-        ours = {"qpos": simulation.qpos, "qvel": simulation.qvel, "success": success}
-        ours |= {name: robot[name] for name in OBSERVED}
-        for name, value in ours.items():
-            assert np.array_equal(value, reference[name][row]), f"{scene.suite} {scene.task_id} {name} at step {row}"
-        touched = max(touched, simulation.data.ncon)
-    assert touched > 0
-    simulation.step(actions[0])  # The next picture shows the sites as the last compared step left them.
-    assert np.array_equal(simulation.render_state().site_rgba, reference["site_rgba"][-1])
-
-    probed = []
-    for probe in probes:
-        simulation.reset(probe, settle_steps=0)
-        probed.append(simulation.success())
-    assert probed == reference["probed"].tolist()
-
-
-@pytest.mark.parametrize(("suite", "task_id"), [("libero_spatial", 0), ("libero_goal", 7)])
-def test_identical_to_the_reference(suite: str, task_id: int, tmp_path: Path) -> None:
-    assert_equal_to_reference(task(suite, task_id), seed=3, steps=60, folder=tmp_path)
+@pytest.mark.parametrize(("suite", "task_id", "size"), [("libero_spatial", 0, 224), ("libero_goal", 7, 256)])
+def test_identical_to_the_reference(suite: str, task_id: int, size: int) -> None:
+    comparison = compare(task(suite, task_id), seed=3, steps=60, sizes=(size,), looks=2)
+    assert comparison.differences == ()
+    assert comparison.contacts > 0
+    assert comparison.probes > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", suites.SUITES)
-def test_identical_to_the_reference_in_every_suite(suite: str, tmp_path: Path) -> None:
-    tasks = suites.suite_tasks(suite)
-    scene = tasks[len(suite) % len(tasks)]
-    assert_equal_to_reference(scene, seed=len(suite), steps=scene.max_episode_steps, folder=tmp_path)
+def test_identical_to_the_reference_in_every_suite(suite: str) -> None:
+    for task_id in telling_tasks(suite):
+        scene = task(suite, task_id)
+        comparison = compare(scene, seed=task_id + 1, steps=scene.max_episode_steps, sizes=SIZES)
+        assert comparison.differences == (), scene.name
 
 
-def test_goal_tests_tell_both_sides(tmp_path: Path) -> None:
+def test_goal_tests_tell_both_sides() -> None:
     """The probes of the exactness test are worth something: some succeed and some do not."""
     for suite, task_id in (("libero_spatial", 0), ("libero_goal", 7)):
         scene = task(suite, task_id)

@@ -30,6 +30,8 @@ def test_language_comes_from_the_problem_file():
     assert suites.task("libero_object", 7).language == "pick up the milk and place it in the basket"
     assert suites.task("libero_object_lan", 7).language == "grab milk and put into basket"
     assert suites.task("libero_10", 8).language == "put both moka pots on the stove"
+    assert suites.task("libero_90", 0).language == "close the top drawer of the cabinet"
+    assert suites.task("libero_goal_task", 0).language != suites.task("libero_goal", 0).language
     assert [suites.suite_tasks(s)[0].max_episode_steps for s in ("libero_goal_swap", "libero_10", "libero_90")] == [
         300,
         520,
@@ -54,6 +56,20 @@ def test_held_out_states_are_disjoint_from_the_official_ones(suite):
         hashes = {suites.state_hash(state) for state in held_out}
         assert len(hashes) == len(held_out)
         assert not hashes & {suites.state_hash(state) for state in official}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "suite", [suite for suite in suites.SUITES if not (suites.HELD_OUT_DIR / f"{suite}.npz").exists()]
+)
+def test_held_out_states_of_other_suites_are_made_when_asked_for(suite: str) -> None:
+    tasks = suites.suite_tasks(suite)
+    task = tasks[len(suite) % len(tasks)]
+    held_out, official = suites.held_out_init_states(task), suites.official_init_states(task)
+    assert held_out.shape == (20, official.shape[1])
+    hashes = {suites.state_hash(state) for state in held_out}
+    assert len(hashes) == len(held_out)
+    assert not hashes & {suites.state_hash(state) for state in official}
 
 
 def test_state_hash_ignores_the_clock_only():

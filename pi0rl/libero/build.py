@@ -8,9 +8,13 @@ Writes `physics.mjb`, `full.xml` and `task.json` once, and `seed_N.npz` for each
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import json
 import math
 import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +40,67 @@ def main() -> None:
 
 def reference_environment(
     bddl_file: Path,
-    camera_size: int | None = None,
     hard_reset: bool = True,
     initialization_noise: str | None = None,
 ) -> Any:
-    """LIBERO's own environment, not reset yet.
+    """LIBERO's own environment, not reset yet: the physics of `OffScreenRenderEnv` without its pictures.
 
     Args:
         bddl_file: The problem.
-        camera_size: Render both cameras on every step, at this many pixels; None needs no renderer.
         hard_reset: Whether each reset builds the scene anew (the reference's default) or only draws it again.
         initialization_noise: "default" disturbs the arm's first pose; LIBERO does not.
     """
+    configure_robosuite()
+    import robosuite.environments.base
     from libero.libero.envs.env_wrapper import ControlEnv
 
-    rendering = camera_size is not None
+    robosuite.environments.base.MjRenderContextOffscreen = _NoPictures
     return ControlEnv(
         str(bddl_file),
-        has_offscreen_renderer=rendering,
-        use_camera_obs=rendering,
-        camera_heights=camera_size or 1,
-        camera_widths=camera_size or 1,
+        has_offscreen_renderer=True,
+        use_camera_obs=False,
         hard_reset=hard_reset,
         initialization_noise=initialization_noise,
     )
+
+
+class _NoPictures:
+    """Stands for robosuite's render context and needs no GL.
+
+    Making the original computes the forward dynamics once more, which moves the solver's warm start in its last bits
+    and with it every trajectory that follows.
+    """
+
+    offscreen = True
+
+    def __init__(self, sim: Any, device_id: int):
+        sim.forward()
+        sim.add_render_context(self)
+        self.vopt = mujoco.MjvOption()
+
+
+def configure_robosuite() -> None:
+    """Load robosuite's settings before robosuite itself and change what can stop its import."""
+    spec = importlib.util.find_spec("robosuite")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0]) / "macros.py"
+    macros_spec = importlib.util.spec_from_file_location("robosuite.macros", path)
+    assert macros_spec is not None
+    assert macros_spec.loader is not None
+    macros: Any = importlib.util.module_from_spec(macros_spec)
+    macros_spec.loader.exec_module(macros)
+    sys.modules["robosuite.macros"] = macros
+    # A user's own settings change nothing here, and their absence is no reason for a warning.
+    sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")
+    # /tmp/robosuite.log cannot be opened where another user has made it.
+    macros.FILE_LOGGING_LEVEL = None
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        # Without EGL the import would fail. Whoever asks LIBERO for its models needs no pictures of it.
+        macros.MUJOCO_GPU_RENDERING = False
+        os.environ.setdefault("MUJOCO_GL", "disable")
 
 
 def write_task(environment: Any, directory: Path) -> None:

@@ -11,8 +11,10 @@ import ctypes
 import ctypes.util
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ _EGL_CUDA_DEVICE_NV = 0x323A
 _EGL_EXTENSIONS = 0x3055
 _EGL_OPENGL_API = 0x30A2
 _EGL_NONE = 0x3038
+_EGL_DRAW, _EGL_READ = 0x3059, 0x305A
 _EGL_CONFIG = (
     *(0x3024, 8, 0x3023, 8, 0x3022, 8, 0x3021, 8),  # red, green, blue, alpha bits
     *(0x3025, 24, 0x3026, 8),  # depth, stencil bits
@@ -40,42 +43,72 @@ class BackendError(Exception):
     """A back end does not work here; the message says why."""
 
 
+# Puts back what was current before.
+Restore = Callable[[], object]
+
+
 @dataclass(frozen=True)
 class GLContext:
-    """A current OpenGL context of this thread; it lives as long as the process.
+    """An OpenGL context for one thread; it lives as long as the process.
 
     Attributes:
         backend: "egl" or "osmesa".
         device: What renders, e.g. "EGL device 0 (CUDA 0)" or the path of the OSMesa library.
-        handles: Libraries and buffers that must stay alive with the context.
+        switch: Makes it current; raises `BackendError` where it is another thread's.
     """
 
     backend: str
     device: str
-    handles: tuple[Any, ...]
+    switch: Callable[[], Restore]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make it current for a while, and then again what was current before, if anything was.
+
+        LIBERO's own environments make their context current once and rely on its staying so.
+
+        Raises:
+            UserError: It is current in another thread.
+        """
+        try:
+            restore = self.switch()
+        except BackendError as error:
+            raise UserError(f"{self.device}: {error}; render in one thread per process") from None
+        try:
+            yield
+        finally:
+            restore()
 
 
-def create_context(backends: tuple[str, ...] | None = None) -> GLContext:
-    """Make an OpenGL context and make it current.
+def create_context() -> GLContext:
+    """Make an OpenGL context with the back end that `MUJOCO_GL` names, else EGL, else OSMesa.
 
-    Args:
-        backends: Those to try, in order; None: the one that `MUJOCO_GL` names, else EGL, then OSMesa.
+    It is current afterwards, unless another one is.
 
     Raises:
         UserError: No back end works; the message says why each failed and what to install.
     """
-    # Mesa's rasteriser would start a thread per core in every process; frames of 64 to 256 px gain nothing from it.
-    os.environ.setdefault("LP_NUM_THREADS", "1")
     reasons = []
-    for backend in backends or _requested_backends():
+    for backend in _requested_backends():
         try:
-            return _CREATE[backend]()
+            return create_backend_context(backend)
         except BackendError as error:
             reasons.append(f"{backend}: {error}")
     raise UserError(
         f"no OpenGL back end works ({'; '.join(reasons)}): install libegl1 and libgl1-mesa-dri (EGL) "
         "or libosmesa6, or without root `pip install lavavu-osmesa`; `pi0rl doctor` tries them all"
     )
+
+
+def create_backend_context(backend: str) -> GLContext:
+    """Make an OpenGL context with one of `BACKENDS`; it is current afterwards, unless another one is.
+
+    Raises:
+        BackendError: It does not work here.
+    """
+    # Mesa's rasteriser would start a thread per core in every process; frames of 64 to 256 px gain nothing from it.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    return _CREATE[backend]()
 
 
 def _requested_backends() -> tuple[str, ...]:
@@ -92,24 +125,24 @@ def _create_egl() -> GLContext:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError as error:
         raise BackendError(f"libEGL.so.1 cannot be loaded ({error})") from error
-    egl.eglGetProcAddress.restype = ctypes.c_void_p
-    egl.eglCreateContext.restype = ctypes.c_void_p
+    for name in ("GetProcAddress", "CreateContext", "GetCurrentContext", "GetCurrentDisplay", "GetCurrentSurface"):
+        getattr(egl, f"egl{name}").restype = ctypes.c_void_p
     failures = []
     for index, device in _egl_devices(egl):
         cuda = _cuda_index(egl, device)
         name = f"EGL device {index} ({'software or non-CUDA' if cuda is None else f'CUDA {cuda}'})"
         try:
-            handles = _egl_context(egl, device)
+            switch = _egl_context(egl, device)
         except BackendError as error:
             failures.append(f"{name}: {error}")
             continue
         # MuJoCo looks its GL functions up among the global symbols, EGL's first: only a library that works goes there.
         ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
-        return GLContext("egl", name, (egl, *handles))
+        return GLContext("egl", name, switch)
     raise BackendError("; ".join(failures) or "EGL lists no device")
 
 
-def _egl_context(egl: ctypes.CDLL, device: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+def _egl_context(egl: ctypes.CDLL, device: int) -> Callable[[], Restore]:
     get_display = _egl_function(
         egl, "eglGetPlatformDisplayEXT", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p
     )
@@ -122,9 +155,26 @@ def _egl_context(egl: ctypes.CDLL, device: int) -> tuple[ctypes.c_void_p, ctypes
         raise BackendError("no 8-bit RGBA configuration with 24-bit depth")
     egl.eglBindAPI(_EGL_OPENGL_API)
     context = ctypes.c_void_p(egl.eglCreateContext(display, config, None, None))
-    if not context or not egl.eglMakeCurrent(display, None, None, context):
+    if not context:
         raise BackendError("an OpenGL context cannot be made")
-    return display, context
+    switch = partial(_switch_egl, egl, display, context)
+    switch()()
+    return switch
+
+
+def _switch_egl(egl: ctypes.CDLL, display: ctypes.c_void_p, context: ctypes.c_void_p) -> Restore:
+    before = egl.eglGetCurrentContext()
+    if before == context.value:
+        return _leave
+    surfaces = [ctypes.c_void_p(egl.eglGetCurrentSurface(which)) for which in (_EGL_DRAW, _EGL_READ)]
+    place = (ctypes.c_void_p(egl.eglGetCurrentDisplay()), *surfaces, ctypes.c_void_p(before))
+    if not egl.eglMakeCurrent(display, None, None, context):
+        raise BackendError("the OpenGL context cannot be made current")
+    return partial(egl.eglMakeCurrent, *place) if before else _leave
+
+
+def _leave() -> None:
+    """Nothing was current before, or this context was: it may stay."""
 
 
 def _egl_devices(egl: ctypes.CDLL) -> list[tuple[int, int]]:
@@ -180,14 +230,32 @@ def _egl_function(egl: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> 
 
 def _create_osmesa() -> GLContext:
     library, path = _load_osmesa()
-    library.OSMesaCreateContextExt.restype = ctypes.c_void_p
+    library.OSMesaCreateContextExt.restype = library.OSMesaGetCurrentContext.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.OSMesaCreateContextExt(_OSMESA_RGBA, 24, 8, 0, None))
     # MuJoCo draws into a framebuffer of its own; OSMesa only needs some window buffer.
     width = height = 16
     buffer = (ctypes.c_ubyte * (4 * width * height))()
-    if not context or not library.OSMesaMakeCurrent(context, buffer, _GL_UNSIGNED_BYTE, width, height):
+    if not context:
         raise BackendError(f"{path}: a context cannot be made")
-    return GLContext("osmesa", path, (library, context, buffer))
+    switch = partial(_switch_osmesa, library, context, buffer, width, height)
+    switch()()
+    return GLContext("osmesa", path, switch)
+
+
+def _switch_osmesa(
+    library: ctypes.CDLL, context: ctypes.c_void_p, buffer: ctypes.Array[Any], width: int, height: int
+) -> Restore:
+    before = library.OSMesaGetCurrentContext()
+    if before == context.value:
+        return _leave
+    size, theirs = [ctypes.c_int() for _ in range(3)], ctypes.c_void_p()
+    if before:
+        fields = (*map(ctypes.byref, size), ctypes.byref(theirs))
+        library.OSMesaGetColorBuffer(ctypes.c_void_p(before), *fields)
+    if not library.OSMesaMakeCurrent(context, buffer, _GL_UNSIGNED_BYTE, width, height):
+        raise BackendError("the OpenGL context cannot be made current")
+    place = (ctypes.c_void_p(before), theirs, _GL_UNSIGNED_BYTE, size[0], size[1])
+    return partial(library.OSMesaMakeCurrent, *place) if before else _leave
 
 
 def _load_osmesa() -> tuple[ctypes.CDLL, str]:

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 import mujoco
 import numpy as np
 
-from pi0rl.errors import UserError
-from pi0rl.libero.gl import BACKENDS, create_context
+from pi0rl.libero.gl import BACKENDS, BackendError, create_backend_context
 
 _TIMEOUT_SECONDS = 60
 _SIZE = 256
@@ -84,8 +83,8 @@ def _probe_in_process(backend: str) -> BackendProbe:
 
 def _probe(backend: str) -> BackendProbe:
     try:
-        context = create_context((backend,))
-    except UserError as error:
+        context = create_backend_context(backend)
+    except BackendError as error:
         return BackendProbe(backend, works=False, error=str(error))
     model = mujoco.MjModel.from_xml_string(_SCENE)
     model.vis.global_.offwidth = model.vis.global_.offheight = _SIZE

@@ -97,7 +97,10 @@ class Renderer:
         Raises:
             UserError: No GL back end works, the camera does not exist, or the state belongs to another task.
         """
-        scene = self._scene(task, seed)
+        with process_context().current():
+            return self._render(self._scene(task, seed), task, state, camera)
+
+    def _render(self, scene: _Scene, task: Task, state: RenderState, camera: Camera) -> np.ndarray:
         model, data = scene.model, scene.data
         if state.qpos.shape != (model.nq,) or state.body_pos.shape != (model.nbody, 3):
             raise UserError(
@@ -132,7 +135,6 @@ class Renderer:
         return scene
 
     def _load(self, task: Task, seed: int) -> _Scene:
-        process_context()
         cells = self.profile.mesh_cells
         model = full_model(task, seed) if cells is None else cached_simplified_model(task, seed, cells)
         model.vis.quality.offsamples = self.profile.multisamples
@@ -145,7 +147,7 @@ class Renderer:
 
 @cache
 def process_context() -> GLContext:
-    """The GL context of this process, made on the first call, current in the thread of that call.
+    """The GL context of this process, made on the first call, for the thread of that call.
 
     Raises:
         UserError: No back end works.

@@ -11,7 +11,7 @@ import numpy as np
 from pi0rl.errors import UserError
 from pi0rl.libero import controller
 from pi0rl.libero.compile import compiled_task
-from pi0rl.libero.goal import goal_reached
+from pi0rl.libero.goal import GoalTest, goal_reached
 from pi0rl.libero.suites import Task
 
 ACTION_DIM = 7
@@ -74,6 +74,11 @@ class Simulation:
         """Joint velocities [nv], a copy."""
         return self.data.qvel.copy()
 
+    @property
+    def goal(self) -> tuple[GoalTest, ...]:
+        """The tests that success is the conjunction of."""
+        return self._compiled.goal
+
     def reset(self, init_state: np.ndarray | None = None, settle_steps: int = SETTLE_STEPS) -> None:
         """Start an episode.
 
@@ -85,7 +90,7 @@ class Simulation:
             UserError: The state's size does not fit the task, or it holds NaN or infinity.
         """
         if init_state is not None:
-            init_state = self._checked_state(init_state)
+            init_state = self.checked_state(init_state)
         self._restore_snapshot()
         if init_state is not None:
             nq = self.model.nq
@@ -108,7 +113,7 @@ class Simulation:
         Raises:
             UserError: The shape is wrong or a number is NaN or infinite.
         """
-        return self._step(self._checked_actions(action, (ACTION_DIM,)))
+        return self._step(checked_actions(action, (ACTION_DIM,)))
 
     def step_chunk(self, actions: np.ndarray) -> np.ndarray:
         """Execute `actions` [C, 7] one after the other; returns success [C] (bool) after each. Does not stop early.
@@ -116,7 +121,7 @@ class Simulation:
         Raises:
             UserError: The shape is wrong or a number is NaN or infinite.
         """
-        actions = self._checked_actions(actions, (None, ACTION_DIM))
+        actions = checked_actions(actions, (None, ACTION_DIM))
         return np.array([self._step(action) for action in actions], dtype=bool)
 
     def success(self) -> bool:
@@ -200,7 +205,12 @@ class Simulation:
             if (colour[3] > 0) != toggled.lit.holds(self.model, self.data):
                 colour[3] = 1 - colour[3]
 
-    def _checked_state(self, state: np.ndarray) -> np.ndarray:
+    def checked_state(self, state: np.ndarray) -> np.ndarray:
+        """The init state as float64 [1 + nq + nv].
+
+        Raises:
+            UserError: Its size does not fit the task, or it holds NaN or infinity.
+        """
         state = np.asarray(state, dtype=np.float64)
         expected = 1 + self.model.nq + self.model.nv
         if state.shape != (expected,):
@@ -212,15 +222,23 @@ class Simulation:
             raise UserError(f"init state for {self.task.suite} task {self.task.task_id} holds NaN or infinity")
         return state
 
-    @staticmethod
-    def _checked_actions(actions: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
-        actions = np.asarray(actions, dtype=np.float64)
-        if actions.ndim != len(shape) or actions.shape[-1] != ACTION_DIM:
-            expected = ", ".join("C" if size is None else str(size) for size in shape)
-            raise UserError(f"action of shape {actions.shape}: expected ({expected}), 7 numbers per control step")
-        if not np.isfinite(actions).all():
-            raise UserError("action holds NaN or infinity: expected 7 finite numbers in [-1, 1] per control step")
-        return actions
+
+def checked_actions(actions: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Actions as float64 of `shape`, whose last entry is `ACTION_DIM`; None stands for any length but 0.
+
+    Raises:
+        UserError: The shape is wrong or a number is NaN or infinite.
+    """
+    actions = np.asarray(actions, dtype=np.float64)
+    matches = len(shape) == actions.ndim and all(
+        size == wanted if wanted else size > 0 for size, wanted in zip(actions.shape, shape, strict=True)
+    )
+    if not matches:
+        expected = ", ".join("C" if size is None else str(size) for size in shape)
+        raise UserError(f"action of shape {actions.shape}: expected ({expected}), 7 numbers per control step")
+    if not np.isfinite(actions).all():
+        raise UserError("action holds NaN or infinity: expected 7 finite numbers in [-1, 1] per control step")
+    return actions
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:

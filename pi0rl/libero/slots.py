@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from pi0rl.libero.failures import ObjectTrace
 from pi0rl.libero.plan import Episode, episode_init_state, episode_task
 from pi0rl.libero.rendering import PROFILES, Renderer
-from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.simulation import RenderState, Simulation
 from pi0rl.libero.suites import Task, state_hash
 from pi0rl.observation import Observation
 
@@ -32,16 +33,16 @@ class SlotConfig:
         render_profile: a key of ``PROFILES``.
         settle_steps: no-op steps after a reset (openpi: 10).
         max_episode_steps: control steps per episode; None takes the task's own limit.
-        video_size: pixels of recorded third-person frames.
-        video_stride: control steps between recorded frames.
+        suite_steps: (suite, control steps per episode) where a suite's limit is not the task's own.
+        after_success: whether an episode ends at its first success, or is played on to its limit.
     """
 
     camera_size: int
     render_profile: Literal["reference", "fast"]
     settle_steps: int
     max_episode_steps: int | None
-    video_size: int = 192
-    video_stride: int = 2
+    suite_steps: tuple[tuple[str, int], ...] = ()
+    after_success: Literal["stop", "continue"] = "stop"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Played:
         episode: int64 [M], plan indices.
         success: bool [M, C], success after each control step; False after the episode's last step.
         steps: int64 [M], control steps executed (the success step is the last one).
-        done: bool [M], the episode is over (success or step limit).
+        done: bool [M], the episode is over (success, unless played on after it, or step limit).
     """
 
     episode: np.ndarray
@@ -84,22 +85,45 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Footage:
+    """All that an episode's pictures depend on; they are drawn when it is over, so that recording costs microseconds.
+
+    Attributes:
+        states: after settling and after every control step.
+        success: whether the goal held in each of them.
+        looks: indices of those that the policy was shown.
+    """
+
+    states: tuple[RenderState, ...]
+    success: tuple[bool, ...]
+    looks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class EpisodeResult:
     """How one episode ended.
 
     Attributes:
         index: its row in the plan.
-        success: whether the goal was reached, which ends an episode.
+        success: whether the goal was reached at some step.
         steps: control steps played.
         final_state: hash of the physical state at the end: two runs agree to the bit if these agree.
-        frames: its recorded video, uint8 [n, size, size, 3], if it was asked for.
+        footage: what its video is drawn from, if it was asked for.
+        success_at_end: whether the goal held at the last step.
+        seconds: wall time from its reset to its end, other slots' turns included.
+        failure: the kind of failure (``pi0rl.libero.failures``); empty for a success.
+        error: why it has no outcome, if its simulation failed whenever it was tried; None: it was played to its end.
     """
 
     index: int
     success: bool
     steps: int
     final_state: str
-    frames: np.ndarray | None = None
+    footage: Footage | None = None
+    success_at_end: bool = False
+    seconds: float = 0.0
+    failure: str = ""
+    error: str | None = None
 
 
 @dataclass
@@ -110,7 +134,12 @@ class _Slot:
     episode: Episode | None = None
     chunks: int = 0
     steps: int = 0
-    frames: list[np.ndarray] = field(default_factory=list)
+    succeeded: bool = False
+    trace: ObjectTrace | None = None
+    started: float = 0.0
+    states: list[RenderState] = field(default_factory=list)
+    success: list[bool] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
 
 
 class Slots:
@@ -120,7 +149,6 @@ class Slots:
         self._slots = [_Slot() for _ in range(count)]
         self._config = config
         self._renderer = Renderer(config.camera_size, PROFILES[config.render_profile])
-        self._video_renderer = Renderer(config.video_size, PROFILES[config.render_profile])
         self._free: dict[tuple[Task, int], list[Simulation]] = {}
         self._queue: deque[Episode] = deque()
         self._record: frozenset[int] = frozenset()
@@ -128,17 +156,16 @@ class Slots:
         self.seconds = {"reset": 0.0, "simulate": 0.0, "render": 0.0}
 
     def start(self, rows: Sequence[Episode], record: frozenset[int] = frozenset()) -> Look:
-        """Begin a list of rows; ``record`` names the plan indices whose video is kept."""
+        """Begin a list of rows; ``record`` names the plan indices whose footage is kept."""
         self._queue = deque(rows)
         self._record = record
         self.results = []
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        for slot in self._slots:
-            self._next_episode(slot)
         return self._look(None)
 
-    def step(self, actions: np.ndarray) -> Look:
-        """Execute one chunk per running slot; ``actions`` is float [M, C, 7]."""
+    def step(self, actions: np.ndarray, rows: Sequence[Episode] = ()) -> Look:
+        """Execute one chunk per running slot; ``actions`` is float [M, C, 7]; ``rows`` join those waiting."""
+        self._queue.extend(rows)
         count, chunk_length = actions.shape[:2]
         played = Played(
             episode=np.array([IDLE if slot.episode is None else slot.episode.index for slot in self._slots]),
@@ -152,47 +179,59 @@ class Slots:
             success = self._execute(slot, actions[row])
             played.success[row, : len(success)] = success
             played.steps[row] = len(success)
-            if success[-1] or slot.steps >= self._limit(slot.episode):
+            if self._stops(success[-1]) or slot.steps >= self._limit(slot.episode):
                 played.done[row] = True
-                self._finish(slot, bool(success[-1]))
-                self._next_episode(slot)
+                self._finish(slot, success[-1])
         return self._look(played)
 
     def _limit(self, episode: Episode) -> int:
-        return self._config.max_episode_steps or episode_task(episode).max_episode_steps
+        limit = self._config.max_episode_steps or dict(self._config.suite_steps).get(episode.suite)
+        return limit or episode_task(episode).max_episode_steps
+
+    def _stops(self, success: bool) -> bool:
+        return success and self._config.after_success == "stop"
 
     def _execute(self, slot: _Slot, actions: np.ndarray) -> list[bool]:
         """Step until success, the step limit or the chunk's end."""
         assert slot.simulation is not None
         assert slot.episode is not None
+        assert slot.trace is not None
         started = time.perf_counter()
         success: list[bool] = []
         for action in actions[: self._limit(slot.episode) - slot.steps]:
             success.append(slot.simulation.step(action))
+            slot.trace.record()
             slot.steps += 1
-            if slot.episode.index in self._record and (slot.steps % self._config.video_stride == 0 or success[-1]):
-                slot.frames.append(self._frame(slot))
-            if success[-1]:
+            slot.succeeded |= success[-1]
+            if slot.episode.index in self._record:
+                slot.states.append(slot.simulation.render_state())
+                slot.success.append(success[-1])
+            if self._stops(success[-1]):
                 break
         slot.chunks += 1
         self.seconds["simulate"] += time.perf_counter() - started
         return success
 
-    def _frame(self, slot: _Slot) -> np.ndarray:
+    def _finish(self, slot: _Slot, success_at_end: bool) -> None:
         assert slot.simulation is not None
         assert slot.episode is not None
-        state = slot.simulation.render_state()
-        image = self._video_renderer.render(slot.simulation.task, slot.episode.seed, state, "agentview")
-        return image[::-1]  # LIBERO's images stand on their heads; people watch the video upright
-
-    def _finish(self, slot: _Slot, success: bool) -> None:
-        assert slot.simulation is not None
-        assert slot.episode is not None
-        frames = np.stack(slot.frames) if slot.frames else None
+        assert slot.trace is not None
+        footage = Footage(tuple(slot.states), tuple(slot.success), tuple(slot.looks)) if slot.states else None
         final = state_hash(np.concatenate(([0.0], slot.simulation.qpos, slot.simulation.qvel)))
-        self.results.append(EpisodeResult(slot.episode.index, success, slot.steps, final, frames))
+        self.results.append(
+            EpisodeResult(
+                index=slot.episode.index,
+                success=slot.succeeded,
+                steps=slot.steps,
+                final_state=final,
+                footage=footage,
+                success_at_end=success_at_end,
+                seconds=time.perf_counter() - slot.started,
+                failure="" if slot.succeeded else slot.trace.failure(),
+            )
+        )
         self._free[(slot.simulation.task, slot.episode.seed)].append(slot.simulation)
-        slot.simulation = slot.episode = None
+        slot.simulation = slot.episode = slot.trace = None
 
     def _next_episode(self, slot: _Slot) -> None:
         if not self._queue:
@@ -203,10 +242,19 @@ class Slots:
         free = self._free.setdefault((task, episode.seed), [])
         slot.simulation = free.pop() if free else Simulation(task, episode.seed)
         slot.simulation.reset(episode_init_state(episode), self._config.settle_steps)
-        slot.episode, slot.chunks, slot.steps, slot.frames = episode, 0, 0, []
+        slot.episode, slot.chunks, slot.steps = episode, 0, 0
+        recorded = episode.index in self._record
+        slot.states = [slot.simulation.render_state()] if recorded else []
+        slot.success = [slot.simulation.success()] if recorded else []
+        slot.looks = []
+        slot.succeeded, slot.trace, slot.started = False, ObjectTrace(slot.simulation), started
         self.seconds["reset"] += time.perf_counter() - started
 
     def _look(self, played: Played | None) -> Look:
+        """Give every free slot the next row, then show what all of them see."""
+        for slot in self._slots:
+            if slot.episode is None:
+                self._next_episode(slot)
         started = time.perf_counter()
         count, size = len(self._slots), self._config.camera_size
         base = np.zeros((count, size, size, 3), dtype=np.uint8)
@@ -220,6 +268,7 @@ class Slots:
             base[row] = self._renderer.render(task, slot.episode.seed, render_state, "agentview")
             wrist[row] = self._renderer.render(task, slot.episode.seed, render_state, "robot0_eye_in_hand")
             state[row] = slot.simulation.state()
+            slot.looks.append(slot.steps)
             prompts[row] = task.language
         self.seconds["render"] += time.perf_counter() - started
         return Look(

@@ -81,7 +81,7 @@ def suite_tasks(suite: str) -> tuple[Task, ...]:
         UserError: The suite is unknown; the message names the nearest one.
     """
     if suite not in SUITES:
-        nearest = difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(str(suite), SUITES, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown suite {suite!r}: did you mean {nearest!r}? Known: {', '.join(SUITES)}")
     base = max((name for name in _MAX_EPISODE_STEPS if suite.startswith(name)), key=len)
     tasks = []
@@ -99,8 +99,8 @@ def task(suite: str, task_id: int) -> Task:
         UserError: The suite is unknown or the index is out of range.
     """
     tasks = suite_tasks(suite)
-    if not 0 <= task_id < len(tasks):
-        raise UserError(f"unknown task {task_id} of {suite}: expected 0 to {len(tasks) - 1}")
+    if not isinstance(task_id, int | np.integer) or not 0 <= task_id < len(tasks):
+        raise UserError(f"unknown task {task_id!r} of {suite}: expected 0 to {len(tasks) - 1}")
     return tasks[task_id]
 
 
@@ -125,18 +125,17 @@ def unpruned_init_states(task: Task) -> np.ndarray | None:
 def held_out_init_states(task: Task) -> np.ndarray:
     """Init states that share no state hash with the official ones, read-only float64 [n, state].
 
-    They ship with pi0rl; `python -m pi0rl.libero.held_out --suite SUITE` makes them.
+    Those of Spatial, Object, Goal and Long ship with pi0rl; the other suites' are made when a task's are first asked
+    for (half a minute), the same on every call.
 
     Raises:
-        UserError: There are none for this suite, or one is among the official states.
+        UserError: They cannot be made, or one is among the official states.
     """
     path = HELD_OUT_DIR / f"{task.suite}.npz"
     if not path.exists():
-        available = ", ".join(sorted(file.stem for file in HELD_OUT_DIR.glob("*.npz")))
-        raise UserError(
-            f"no held-out init states for {task.suite}: there are some for {available or 'no suite'}; "
-            f"make them with `python -m pi0rl.libero.held_out --suite {task.suite}`"
-        )
+        from pi0rl.libero.held_out import cached_held_out_file  # brings in MuJoCo, which plans do without
+
+        path = cached_held_out_file(task)
     states = _states_of_file(path, key=task.name)
     shared = {state_hash(state) for state in states} & {state_hash(state) for state in official_init_states(task)}
     if shared:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import imageio_ffmpeg
 import numpy as np
@@ -14,46 +16,82 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode, episode_task
-from pi0rl.libero.slots import EpisodeResult
+from pi0rl.libero.rendering import PROFILES, Renderer
+from pi0rl.libero.slots import EpisodeResult, Footage
 
 # LIBERO's control frequency.
 _STEPS_PER_SECOND = 20
+_POLICY_CAMERAS = ("agentview", "robot0_eye_in_hand")
 _FONT_SIZE = 10
 _LINE_HEIGHT = 13
 _CHARACTER_WIDTH = 5.5
 _MAX_TASK_LINES = 3
 
 
-def write_video(path: Path, result: EpisodeResult, episode: Episode, info: bool, stride: int = 2) -> None:
-    """Write the recorded frames of an episode, in real time.
+@dataclass(frozen=True)
+class VideoConfig:
+    """How recorded episodes become pictures.
+
+    Attributes:
+        camera_size, render_profile: what the policy was shown, so that its pictures come out as it saw them.
+        view_size: pixels of a third-person view beside them; None leaves it out.
+        info: whether to write task, step, reward and success below.
+        stride: control steps between frames.
+    """
+
+    camera_size: int
+    render_profile: Literal["reference", "fast"]
+    view_size: int | None = 192
+    info: bool = True
+    stride: int = 2
+
+
+def write_video(path: Path, result: EpisodeResult, episode: Episode, config: VideoConfig) -> None:
+    """Draw a recorded episode and write it in real time.
 
     Args:
         path: The mp4 file; replaced if it exists.
-        result: The episode's outcome and frames, upright.
+        result: The episode's outcome and footage.
         episode: Its row of the plan.
-        info: Whether to write task, step, reward and success below the picture.
-        stride: Control steps between frames.
+        config: What to show.
 
     Raises:
-        UserError: The episode has no frames.
+        UserError: The episode was not recorded, or nothing can be drawn here.
     """
-    if result.frames is None:
-        raise UserError(f"episode {result.index} of {episode.suite} was not recorded: no frames for {path}")
-    frames: Sequence[np.ndarray] = list(result.frames)
-    if info:
-        task = episode_task(episode)
-        last = len(frames) - 1
-        frames = [
-            annotated(
-                frame,
-                f"{task.suite} {task.task_id}: {task.language}",
-                step=result.steps if index == last else (index + 1) * stride,
-                reward=float(result.success and index == last),
-                success=result.success and index == last,
-            )
-            for index, frame in enumerate(frames)
-        ]
-    encode(path, np.stack(frames), _STEPS_PER_SECOND / stride)
+    if result.footage is None:
+        raise UserError(f"episode {result.index} of {episode.suite} was not recorded: no pictures for {path}")
+    task, frames = episode_task(episode), []
+    for step, picture in episode_pictures(result.footage, episode, config):
+        if config.info:
+            success = result.footage.success[step]
+            title = f"{task.suite} {task.task_id}: {task.language}"
+            picture = annotated(picture, title, step, reward=float(success), success=success)
+        frames.append(picture)
+    encode(path, np.stack(frames), _STEPS_PER_SECOND / config.stride)
+
+
+def episode_pictures(footage: Footage, episode: Episode, config: VideoConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """(control step, picture) of every `stride`-th step and the last one.
+
+    A picture, uint8 [H, W, 3], is upright (LIBERO's stand on their heads) and shows from the left: the third-person
+    view at that step, if wanted, and the two images that the policy saw last, one above the other.
+    """
+    task, last = episode_task(episode), len(footage.states) - 1
+    shown = Renderer(config.camera_size, PROFILES[config.render_profile])
+    view = None if config.view_size is None else Renderer(config.view_size, PROFILES[config.render_profile])
+    seen, looked = np.empty(0), None
+    for step in sorted({*range(config.stride, last, config.stride), last}):
+        look = max(look for look in footage.looks if look <= step)
+        if look != looked:
+            state, looked = footage.states[look], look
+            images = [shown.render(task, episode.seed, state, camera)[::-1] for camera in _POLICY_CAMERAS]
+            seen = np.concatenate(images)
+        columns = [seen]
+        if view is not None:
+            columns.insert(0, view.render(task, episode.seed, footage.states[step], "agentview")[::-1])
+        height = max(len(column) for column in columns)
+        padded = [np.pad(column, ((0, height - len(column)), (0, 0), (0, 0))) for column in columns]
+        yield step, np.concatenate(padded, axis=1)
 
 
 def annotated(frame: np.ndarray, title: str, step: int, reward: float, success: bool) -> np.ndarray:
