@@ -1,0 +1,1 @@
+"""Measurements of pi0rl beside the reference implementations."""
