@@ -9,11 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_files import GOLDEN, architecture, close, folders, model_inputs, network, parameters, read_json
+from goldens import (
+    architecture,
+    close,
+    fixtures,
+    hidden_widths,
+    model_inputs,
+    network,
+    network_of,
+    read_json,
+    with_suffix,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig, pool_prefix
+from pi0rl.policy.export import save_lerobot, save_openpi
 from pi0rl.policy.foreign import canonical
 from pi0rl.policy.model import ModelInputs, time_embedding
 from pi0rl.policy.policy import Policy
@@ -30,15 +41,8 @@ from pi0rl.policy.weights import assign
 
 pytestmark = pytest.mark.golden
 
-NETWORKS = folders("outputs.safetensors", "inputs.safetensors", "model.safetensors", "grads.safetensors")
-SAMPLERS = parameters(
-    sorted(
-        path.with_suffix("")
-        for heads in GOLDEN.rglob("heads.safetensors")
-        for path in heads.parent.glob("*.json")
-        if path.with_suffix(".safetensors").is_file()
-    )
-)
+NETWORKS = fixtures("network")
+SAMPLERS = fixtures("sampler")
 
 
 @pytest.mark.parametrize("folder", NETWORKS)
@@ -79,7 +83,7 @@ def test_velocity(folder: Path, padded: bool) -> None:
     close(time_embedding(arrays["time"].double(), embedded.shape[1]), embedded, 1e-9)
 
 
-@pytest.mark.parametrize("folder", NETWORKS)
+@pytest.mark.parametrize("folder", fixtures("gradients"))
 def test_loss_and_gradients(folder: Path) -> None:
     model, arrays = network(folder), load_file(folder / "inputs.safetensors")
     loss = model.flow_matching_loss(model_inputs(arrays), arrays["actions"], arrays["noise"], arrays["time"])
@@ -134,16 +138,6 @@ def golden_policy(base: Path, case: dict | None, heads: dict[str, Tensor], optio
     return policy
 
 
-def hidden_widths(heads: dict[str, Tensor], prefix: str) -> tuple[int, ...]:
-    return tuple(len(heads[n]) for n in sorted(heads) if n.startswith(prefix) and n.endswith(".bias"))[:-1]
-
-
-def base_of(folder: Path) -> Path:
-    """Where a sampler case's network and inputs are: beside it, or the openpi fixture of the same variant."""
-    own = (folder / "model.safetensors").is_file()
-    return folder if own else folder.with_name(folder.name.replace("rl_sampler", "openpi_tiny"))
-
-
 def sampler_of(case: dict) -> SamplerConfig:
     options = case["config"]
     level = options.get("noise_level", 0.0)
@@ -162,10 +156,14 @@ def sampler_of(case: dict) -> SamplerConfig:
     )
 
 
+def heads_of(stem: Path) -> dict[str, Tensor]:
+    return load_file(stem.parent / "heads.safetensors")
+
+
 def load_case(stem: Path) -> tuple[dict, dict[str, Tensor], Policy, ModelInputs, SamplerConfig]:
-    case, arrays = read_json(stem.with_name(stem.name + ".json")), load_file(stem.with_name(stem.name + ".safetensors"))
-    base = base_of(stem.parent)
-    policy = golden_policy(base, case, load_file(stem.parent / "heads.safetensors"), case["config"])
+    case, arrays = read_json(with_suffix(stem, ".json")), load_file(with_suffix(stem, ".safetensors"))
+    base = network_of(stem.parent, pi05="pi05" in case["config"].get("config_name", ""))
+    policy = golden_policy(base, case, heads_of(stem), case["config"])
     return case, arrays, policy, model_inputs(load_file(base / "inputs.safetensors")), sampler_of(case)
 
 
@@ -186,6 +184,15 @@ def test_rollout(stem: Path) -> None:
     close(result.log_probs[:, 0], arrays["prev_logprobs"], 2e-3)
     if policy.value_head is not None:
         close(result.values, arrays["prev_values"][:, 0], 1e-4)
+    for name in (name for name in arrays if name.startswith("value.")):
+        pooling = case["config"] | {"value_vlm_mode": name.removeprefix("value.")}
+        variant = golden_policy(network_of(stem.parent, policy.config.pi05), case, heads_of(stem), pooling)
+        close(sample(variant, inputs, noise, config, "eval").values, arrays[name], 1e-4)
+    if "prefix_output_every16" in arrays:
+        prefix, output = policy.model.prefix(inputs, with_output=True)
+        assert output is not None
+        assert torch.equal(prefix.mask, arrays["prefix_pad_masks"])
+        close(output[:, ::16], arrays["prefix_output_every16"], 1e-4)
     if config.method != "flow_noise" and case["mode"] == "train":
         chosen = (arrays["denoise_inds"] == torch.arange(config.num_steps)).any(0)
         std = step_coefficients(config.method, config.num_steps, config.noise_level)[2] * chosen
@@ -225,7 +232,7 @@ def test_training_evaluation(stem: Path) -> None:
         if name.startswith("perturbed.grad."):
             actual = trainable[name.removeprefix("perturbed.grad.")].grad
             torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
-    for name, expected in read_json(stem.with_name(stem.name + ".gradnorms.json")).items():
+    for name, expected in read_json(with_suffix(stem, ".gradnorms.json")).items():
         if name in weights:
             gradient = weights[name].grad
             norm = 0.0 if gradient is None else float(gradient.norm())
@@ -239,7 +246,7 @@ def check_evaluation(which: str, result, arrays: dict[str, Tensor], policy: Poli
         close(result.values, arrays[f"{which}.values"], 1e-4)
 
 
-@pytest.mark.parametrize("folder", folders("io.safetensors", "model.safetensors"))
+@pytest.mark.parametrize("folder", fixtures("vlm_value"))
 def test_critic_on_the_prefix(folder: Path) -> None:
     """The reference layout of all tokens at the real prefix length (pi0); every pooling, and a rollout with each."""
     arrays, weights = load_file(folder / "io.safetensors"), load_file(folder / "model.safetensors")
@@ -267,3 +274,47 @@ def test_critic_on_the_prefix(folder: Path) -> None:
     valid_only = CriticConfig("prefix", pooling="mean_valid")
     valid = pool_prefix(output, prefix.mask, length, policy.config.vision.num_patches, valid_only)
     close(valid[0], output[0, prefix.mask[0]].mean(0), 1e-5)
+
+
+@pytest.mark.parametrize("folder", fixtures("bf16"))
+def test_mixed_precision(folder: Path) -> None:
+    """RLinf's mixture of bfloat16 and float32, key by key; bfloat16 sums depend on their order, hence the tolerance."""
+    arrays, policy = load_file(folder / "inputs.safetensors"), golden_policy(folder, None, {}, {})
+    dtypes = canonical(read_json(folder / "dtypes_bf16.json"))
+    for name, parameter in policy.named_weights().items():
+        parameter.data = parameter.data.to(getattr(torch, dtypes[name].removeprefix("torch.")))
+    for name, expected in load_file(folder / "outputs_bf16.safetensors").items():
+        if name.startswith("sample_actions/"):
+            steps = int(name.split("=")[1])
+            noise = SamplingNoise(
+                arrays["noise"], expected.new_zeros(len(expected), steps, *expected.shape[1:]), arrays["time"]
+            )
+            close(
+                sample(policy, model_inputs(arrays), noise, SamplerConfig("flow_ode", num_steps=steps), "eval").actions,
+                expected,
+                5e-2,
+            )
+
+
+@pytest.mark.parametrize("folder", NETWORKS)
+def test_written_checkpoints_have_the_reference_s_names(folder: Path, tmp_path: Path) -> None:
+    policy = golden_policy(folder, None, {}, {})
+    stored = load_file(folder / "model.safetensors")
+    save_openpi(policy, tmp_path / "openpi")
+    written = load_file(tmp_path / "openpi/model.safetensors")
+    assert {name: tensor.shape for name, tensor in written.items()} == {n: t.shape for n, t in stored.items()}
+    assert all(torch.equal(written[name], stored[name]) for name in stored if "gemma_expert.lm_head" not in name)
+    save_lerobot(policy, tmp_path / "lerobot")
+    embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    assert set(load_file(tmp_path / "lerobot/model.safetensors")) == {f"model.{n}" for n in (*stored, embedding)}
+
+
+@pytest.mark.parametrize("folder", fixtures("lerobot_network"))
+def test_written_lerobot_files_say_what_lerobot_s_do(folder: Path, tmp_path: Path) -> None:
+    base = network_of(folder, pi05=read_json(folder / "config.json")["type"] == "pi05")
+    save_lerobot(golden_policy(base, None, {}, {}), tmp_path / "policy")
+    assert set(load_file(tmp_path / "policy/model.safetensors")) == set(read_json(folder / "keys.json"))
+    ours, theirs = (read_json(place / "config.json") for place in (tmp_path / "policy", folder))
+    assert set(ours) <= set(theirs)
+    for key in ("type", "chunk_size", "image_resolution", "max_action_dim", "max_state_dim"):
+        assert ours[key] == theirs[key], key

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden_files import architecture, close, folders, model_inputs, read_json
+from goldens import CAMERAS, architecture, close, fixtures, model_inputs, network_of, read_json
 from safetensors.torch import load_file
 
+from pi0rl.libero.simulation import axis_angle
 from pi0rl.observation import Observation
-from pi0rl.policy.config import PI0, PI05
-from pi0rl.policy.foreign import NORM_STATS, openpi_processing, read_norm_stats
-from pi0rl.policy.lerobot import lerobot_weights, read_normalisations
+from pi0rl.policy.action_tokens import bins
+from pi0rl.policy.config import PI0, PI05, Pi0Config
+from pi0rl.policy.foreign import openpi_processing, read_norm_stats
+from pi0rl.policy.lerobot import lerobot_processors, lerobot_weights, read_normalisations
 from pi0rl.policy.model import Pi0
 from pi0rl.policy.processing import Normalisation, Processing, resize_pil, resize_torch
-from pi0rl.policy.tokenizer import SentencePieceTokenizer, prompt_text, state_bins
+from pi0rl.policy.tokenizer import SentencePieceTokenizer, WordTokenizer, prompt_text
 
 pytestmark = pytest.mark.golden
 
-PI0_IO = [p for p in folders("io.npz", "io.json", "tiny_tokenizer.model") if not str(p.id or "").endswith("pi05")]
-PI05_IO = [p for p in folders("io.npz", "io.json", "tiny_tokenizer.model") if str(p.id or "").endswith("pi05")]
+PI0_IO = fixtures("libero_io")
 
 
-def processing_of(folder: Path, pi05: bool) -> Processing:
-    norms = read_norm_stats(folder / "assets" / NORM_STATS, quantiles=pi05)
-    tokenizer = SentencePieceTokenizer((folder / "tiny_tokenizer.model").read_bytes())
-    return openpi_processing(PI05 if pi05 else PI0, tokenizer, norms)
+def norm_stats_of(folder: Path) -> Path:
+    (file,) = folder.glob("assets/**/norm_stats.json")
+    return file
+
+
+def processing_of(folder: Path, config: Pi0Config) -> Processing:
+    norms = read_norm_stats(norm_stats_of(folder), quantiles=config.pi05)
+    (tokenizer,) = folder.glob("*.model")
+    return openpi_processing(config, SentencePieceTokenizer(tokenizer.read_bytes()), norms)
+
+
+def sized(config: Pi0Config, arrays: Mapping[str, np.ndarray], token_len: int) -> Pi0Config:
+    """``config`` with the fixture's image size, action width and language positions."""
+    pixels = [arrays[name].shape[-1] for name in arrays if name.startswith("model.image_first_sample_rows")]
+    vision = replace(config.vision, image_size=pixels[0]) if pixels else config.vision
+    width = arrays["model.state"].shape[1]
+    return replace(config, vision=vision, max_token_len=token_len, action_dim=width, state_dim=width)
 
 
 @pytest.mark.parametrize("folder", PI0_IO)
 def test_openpi_libero(folder: Path) -> None:
     arrays, described = np.load(folder / "io.npz"), read_json(folder / "io.json")
-    processing = replace(processing_of(folder, pi05=False), absent_camera=True)
+    processing = replace(processing_of(folder, sized(PI0, arrays, described["max_len"])), absent_camera=True)
     observation = Observation(
         arrays["raw.agentview_image"],
         arrays["raw.robot0_eye_in_hand_image"],
@@ -42,7 +57,7 @@ def test_openpi_libero(folder: Path) -> None:
         tuple(described["prompts"]),
     )
     inputs = processing.inputs(observation)
-    for index, camera in enumerate(("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")):
+    for index, camera in enumerate(CAMERAS):
         assert torch.equal(inputs.image_mask[:, index], torch.from_numpy(arrays[f"model.image_mask.{camera}"]))
         rows = torch.from_numpy(arrays[f"model.image_first_sample_rows0_8.{camera}"])
         assert torch.equal(inputs.images[0, index, :, :8], rows)
@@ -75,9 +90,20 @@ def test_resizing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", PI0_IO)
+def test_axis_angle(folder: Path) -> None:
+    arrays = np.load(folder / "io.npz")
+    angles = np.stack([axis_angle(quaternion) for quaternion in arrays["quat.in"]])
+    np.testing.assert_allclose(angles, arrays["quat.axisangle"], rtol=1e-9, atol=1e-9)
+    parts = ("raw.robot0_eef_pos", "raw.robot0_eef_quat", "raw.robot0_gripper_qpos")
+    rows = zip(*(arrays[name] for name in parts), strict=True)
+    state = np.stack([np.concatenate((position, axis_angle(q), fingers)) for position, q, fingers in rows])
+    np.testing.assert_allclose(state, arrays["env.state"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", PI0_IO)
 def test_quantiles(folder: Path) -> None:
     arrays = np.load(folder / "io.npz")
-    state, actions = read_norm_stats(folder / "assets" / NORM_STATS, quantiles=True)
+    state, actions = read_norm_stats(norm_stats_of(folder), quantiles=True)
     np.testing.assert_allclose(state.forward(arrays["quantile.in8"]), arrays["quantile.norm_state"], rtol=1e-9)
     for norm, name in ((state, "state"), (actions, "actions")):
         np.testing.assert_allclose(
@@ -85,10 +111,11 @@ def test_quantiles(folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("folder", PI05_IO)
+@pytest.mark.parametrize("folder", fixtures("libero_io_pi05"))
 def test_openpi_libero_pi05(folder: Path) -> None:
     arrays, described = np.load(folder / "io.npz"), read_json(folder / "io.json")
-    processing, prompts = processing_of(folder, pi05=True), tuple(described["prompts"])
+    length = described["pi05_libero.max_token_len"]
+    processing, prompts = processing_of(folder, sized(PI05, arrays, length)), tuple(described["prompts"])
     observation = Observation(arrays["env.main_images"], arrays["env.wrist_images"], arrays["env.state"], prompts)
     state = processing.state(observation.state)
     np.testing.assert_allclose(state, arrays["model.state"][:, : state.shape[1]], rtol=1e-9, atol=1e-9)
@@ -100,14 +127,14 @@ def test_openpi_libero_pi05(folder: Path) -> None:
         np.testing.assert_array_equal(valid, arrays[f"{kind}.token_mask"])
         texts = [prompt_text(style, prompt, row) for prompt, row in zip(prompts, state, strict=True)]
         assert texts == [handed_over[0] for handed_over in described[f"{kind}.texts"]]
-    np.testing.assert_array_equal(state_bins(arrays["digitize.in"]), arrays["digitize.out"])
+    np.testing.assert_array_equal(bins(arrays["digitize.in"]), arrays["digitize.out"])
     actions = processing.env_actions(arrays["out.model_actions"][:, : described["action_chunk"]], observation)
     np.testing.assert_allclose(actions, arrays["out.env_actions"], rtol=1e-6, atol=1e-6)
     targets = processing.targets(arrays["train.raw_actions"], observation.state)
     np.testing.assert_allclose(targets, arrays["train.model_actions"], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("folder", folders("policy_preprocessor.json", "io.safetensors"))
+@pytest.mark.parametrize("folder", fixtures("lerobot_processor"))
 def test_lerobot_processors(folder: Path) -> None:
     state_norm, action_norm = read_normalisations(folder)
     arrays = load_file(folder / "io.safetensors")
@@ -130,15 +157,15 @@ def test_lerobot_processors(folder: Path) -> None:
         assert texts == described["texts"]
 
 
-@pytest.mark.parametrize("folder", folders("keys.json", "config.json", "outputs.safetensors"))
+@pytest.mark.parametrize("folder", fixtures("lerobot_network"))
 def test_lerobot_network(folder: Path) -> None:
     """LeRobot's file holds openpi's network; with its own sampling grid and images of its own."""
-    base = folder.with_name(folder.name.replace("lerobot", "openpi"))
-    config, expected = architecture(base), load_file(folder / "outputs.safetensors")
+    described, expected = read_json(folder / "config.json"), load_file(folder / "outputs.safetensors")
+    base = network_of(folder, pi05=described["type"] == "pi05")
+    config = architecture(base)
     stored = folder / "model.safetensors"
     tensors = load_file(stored) if stored.is_file() else prefixed(load_file(base / "model.safetensors"))
-    keys = read_json(folder / "keys.json")
-    assert set(tensors) <= set(keys)
+    assert set(tensors) <= set(read_json(folder / "keys.json"))
     model = Pi0(config)
     model.load_state_dict(lerobot_weights(tensors, config.pi05))
     arrays = load_file(base / "inputs.safetensors")
@@ -163,16 +190,38 @@ def test_lerobot_network(folder: Path) -> None:
             expected["in.observation.state"], (0, config.state_dim - expected["in.observation.state"].shape[1])
         ),
     )
-    for name, actions, look, noise in (
-        ("model.sample_actions/num_steps=10", 32, inputs, arrays["noise"]),
-        ("out.action_chunk", 7, seen, expected["in.noise"]),
-    ):
+    runs = [("out.action_chunk", seen, expected["in.noise"], described["num_inference_steps"])]
+    samples = [name for name in expected if name.startswith("model.sample_actions/")]
+    runs += [(name, inputs, arrays["noise"], int(name.split("=")[1])) for name in samples]
+    for name, look, noise, steps in runs:
         prefix, _ = model.prefix(look)
         x = noise
-        for k in range(10):
-            x = x - model.velocity(prefix, x, torch.full((len(x),), 1 - k / 10))[0] / 10
-        close(x[..., :actions], expected[name], 2e-4)
+        for k in range(steps):
+            x = x - model.velocity(prefix, x, torch.full((len(x),), 1 - k / steps))[0] / steps
+        close(x[..., : expected[name].shape[-1]], expected[name], 2e-4)
 
 
 def prefixed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("folder", fixtures("lerobot_processor"))
+def test_written_pipelines_are_lerobot_s(folder: Path) -> None:
+    """Steps, their order and settings; only the tokenizer's place depends on the tokenizer."""
+    described = read_json(folder / "config.json")
+    config = replace(PI05 if described["type"] == "pi05" else PI0, max_token_len=described["tokenizer_max_length"])
+    norms = read_normalisations(folder)
+    processing = replace(openpi_processing(config, WordTokenizer(), norms), delta_actions=False)
+    files = lerobot_processors(config, processing)
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        ours, theirs = files[name]["steps"], read_json(folder / name)["steps"]
+        assert [step["registry_name"] for step in ours] == [step["registry_name"] for step in theirs]
+        for our, their in zip(ours, theirs, strict=True):
+            assert our.get("state_file") == their.get("state_file")
+            if our["registry_name"] != "tokenizer_processor":
+                assert our["config"] == their["config"], our["registry_name"]
+        stored = {step["state_file"]: step for step in ours if "state_file" in step}
+        for file in stored:
+            reference = load_file(folder / file)
+            for key, values in files[file].items():
+                torch.testing.assert_close(values, reference[key], rtol=1e-6, atol=0)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden_files import architecture
-from goldens import golden, golden_cases
+from goldens import GOLDEN, architecture, fixtures, hidden_widths, nearest, network_of, read_json, scan, with_suffix
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pi0rl.observation import Observation
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.foreign import canonical
 from pi0rl.policy.model import ModelInputs
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.processing import mean_std, tiny_processing
@@ -24,24 +24,19 @@ from pi0rl.rl.config import AlgorithmConfig, OptimConfig, UpdateConfig
 from pi0rl.rl.metrics import RLINF_NAMES
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.trajectories import Rollout, Trajectory
-from pi0rl.rl.update import Evaluate, update
+from pi0rl.rl.update import Evaluate, Evaluation, update
 
 pytestmark = pytest.mark.golden
 
-VLM = "paligemma_with_expert.paligemma."
 IGNORED_KEYS = {"loss_agg_func", "entropy_type"}
 LOGGED_AS = {theirs: ours for ours, theirs in RLINF_NAMES.items()}
 
 
-def start_policy(folder: str, model: dict) -> Policy:
-    """The policy the reference started from: pi0 or pi0.5, with heads as the case has them."""
-    pi05 = folder == "train_step_pi05"
-    weights = golden("rl_sampler_pi05/vlm_value" if pi05 else "openpi_tiny")
-    config = architecture(weights)
-    tensors = load_file(weights / "model.safetensors")
-    tensors[VLM + "model.language_model.embed_tokens.weight"] = tensors.pop(VLM + "lm_head.weight")
-    del tensors["paligemma_with_expert.gemma_expert.lm_head.weight"]
-    heads = load_file((weights if pi05 else golden("rl_sampler")) / "heads.safetensors")
+def start_policy(case: Path, model: dict, changes: dict[str, Tensor]) -> Policy:
+    """The policy the reference started from: the nearest network and heads of the changed weights' names and shapes."""
+    weights, heads_file = starting_point(case, changes)
+    config, heads = architecture(weights), load_file(heads_file)
+    tensors = canonical(load_file(weights / "model.safetensors"))
     critic = CriticConfig(
         source="prefix" if model.get("value_after_vlm") else "expert",
         hidden=hidden_widths(heads, "value_head."),
@@ -59,9 +54,16 @@ def start_policy(folder: str, model: dict) -> Policy:
     return policy
 
 
-def hidden_widths(heads: dict[str, Tensor], prefix: str) -> tuple[int, ...]:
-    biases = sorted(name for name in heads if name.startswith(prefix) and name.endswith(".bias"))
-    return tuple(len(heads[name]) for name in biases[:-1])
+def starting_point(case: Path, changes: dict[str, Tensor]) -> tuple[Path, Path]:
+    """Folder of the network, and the file of the heads."""
+    found = {}
+    for heads in sorted({file for f in scan(GOLDEN) for file in f.files if file.name == "heads.safetensors"}):
+        base = network_of(heads.parent, pi05=any("dense" in name for name in changes))
+        stored = load_file(base / "model.safetensors") | load_file(heads)
+        if all(name in stored and stored[name].shape == change.shape for name, change in changes.items()):
+            found[heads] = base
+    heads = nearest(list(found), case, "the network it started from")
+    return found[heads], heads
 
 
 def constant_buffers(policy: Policy) -> dict[str, Tensor]:
@@ -108,7 +110,7 @@ def rollout_of(arrays: dict[str, Tensor], epochs: int, group_size: int, joint: b
 def evaluator(policy: Policy, rollout: Rollout, prompts: dict[str, Tensor], sampler: SamplerConfig) -> Evaluate:
     """Recompute samples as the reference's stubbed input transform does: images unrotated, the state only padded."""
 
-    def evaluate(samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(samples: Tensor) -> Evaluation:
         rows = rollout.inputs(samples.tolist())
         look = rows.observation
         cameras = [
@@ -120,19 +122,22 @@ def evaluator(policy: Policy, rollout: Rollout, prompts: dict[str, Tensor], samp
             image_mask=torch.tensor([True, True, False]).expand(len(samples), -1),
             tokens=prompts["tokenized_prompt"][samples],
             token_mask=prompts["tokenized_prompt_mask"][samples],
-            state=torch.nn.functional.pad(torch.from_numpy(look.state), (0, 32 - look.state.shape[1])),
+            state=torch.nn.functional.pad(
+                torch.from_numpy(look.state), (0, policy.config.state_dim - look.state.shape[1])
+            ),
         )
         chains, inds = torch.from_numpy(rows.chains), torch.from_numpy(rows.denoise_inds)
         result = evaluate_chains(policy, inputs, chains, inds, sampler)
-        return result.log_probs, result.values, result.entropy
+        return Evaluation(result.log_probs, result.values, result.entropy)
 
     return evaluate
 
 
-@pytest.mark.parametrize("case", golden_cases("train_step*/*.json"))
-def test_train_step(case: str) -> None:
-    reference = json.loads(golden(f"{case}.json").read_text())
-    arrays = load_file(golden(f"{case}.safetensors"))
+@pytest.mark.parametrize("case", fixtures("train_step"))
+def test_train_step(case: Path) -> None:
+    reference = read_json(with_suffix(case, ".json"))
+    arrays = load_file(with_suffix(case, ".safetensors"))
+    changes = {name.removeprefix("delta."): array for name, array in arrays.items() if name.startswith("delta.")}
     cfg, model = reference["cfg"], reference["model_cfg"]
     actor, env = cfg["actor"], cfg["env"]["train"]
     config = UpdateConfig(
@@ -151,7 +156,7 @@ def test_train_step(case: str) -> None:
         if f"adv.{name}" in arrays:
             torch.testing.assert_close(array, arrays[f"adv.{name}"].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
-    policy = start_policy(case.split("/")[0], model)
+    policy = start_policy(case, model, changes)
     trainable = policy.trainable_parameters(model["train_expert_only"])
     critic = {name: parameter for name, parameter in trainable.items() if name.startswith("value_head.")}
     optimizer = PolicyOptimizer({k: v for k, v in trainable.items() if k not in critic}, critic, config.optim)

@@ -7,23 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_policies import PREFIX_CRITIC, SDE, D, H, K, make_policy, noise_for, observe, pick
 
-from pi0rl.observation import Observation
+from pi0rl.policy.action_tokens import bin_centres, bins
 from pi0rl.policy.config import TINY
-from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig, Pooling
 from pi0rl.policy.model import concatenate
-from pi0rl.policy.policy import Policy, create_policy, with_heads
-from pi0rl.policy.processing import Normalisation, mean_std, tiny_processing
-from pi0rl.policy.sampling import SamplerConfig, SamplingNoise, episode_noise, evaluate_chains, sample, stack_noise
-from pi0rl.policy.tokenizer import LIBERO_WORDS, WordTokenizer, bin_centres, state_bins
-
-PROMPTS = (
-    "pick up the alphabet soup and place it in the basket",
-    "pick up the milk and place it in the basket",
-    "put both moka pots on the stove",
-)
-K, H, D = 4, TINY.action_horizon, TINY.action_dim
-SDE = SamplerConfig("flow_sde", num_steps=K, action_chunk=H, stochastic="all")
+from pi0rl.policy.policy import create_policy, with_heads
+from pi0rl.policy.processing import Normalisation
+from pi0rl.policy.sampling import SamplerConfig, SamplingNoise, episode_noise, evaluate_chains, sample
+from pi0rl.policy.tokenizer import LIBERO_WORDS, WordTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -32,41 +25,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_policy(
-    critic: CriticConfig | None = None, exploration: NoiseHeadConfig | None = None, pi05: bool = False
-) -> Policy:
-    rng = np.random.default_rng(0)
-    norms = mean_std(rng.normal(size=(50, 8))), mean_std(rng.normal(size=(50, 7)))
-    config = replace(TINY, pi05=pi05)
-    policy = create_policy(config, tiny_processing(config, *norms, PROMPTS), 0, critic, exploration)
-    # Fresh policies predict no velocity at all; these tests need one that depends on what it sees.
-    torch.nn.init.normal_(policy.model.action_out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1))
-    return policy
-
-
-PREFIX_CRITIC = CriticConfig("prefix", (32, 16), pooling="mean_valid", append_state=True)
-
-
-def observe(rows: int, seed: int = 0) -> Observation:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (2, rows, 64, 64, 3), dtype=np.uint8)
-    state = rng.normal(size=(rows, 8)).astype(np.float32)
-    return Observation(images[0], images[1], state, tuple(PROMPTS[i % len(PROMPTS)] for i in range(rows)))
-
-
-def pick(observation: Observation, rows: np.ndarray) -> Observation:
-    return Observation(
-        observation.base_image[rows],
-        observation.wrist_image[rows],
-        observation.state[rows],
-        tuple(observation.prompt[i] for i in rows),
-    )
-
-
-def noise_for(episodes: np.ndarray | range) -> SamplingNoise:
-    return stack_noise([episode_noise(7, 0, 3, int(episode), 1, (K + 1, H, D)) for episode in episodes])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 10, 16])
@@ -208,5 +166,12 @@ def test_words_and_bins() -> None:
     assert len(set(ids)) == len(ids)
     assert max(tokenizer.encode(" ".join(LIBERO_WORDS))) < tokenizer.vocab_size <= TINY.vocab_size
     state = np.linspace(-1, 0.999, 500)
-    np.testing.assert_allclose(bin_centres(state_bins(state)), state, atol=1 / 256)
-    assert state_bins(np.array([-1.5, 1.5])).tolist() == [-1, 255]
+    np.testing.assert_allclose(bin_centres(bins(state)), state, atol=1 / 256)
+    assert bins(np.array([-1.5, 1.5])).tolist() == [-1, 255]
+
+
+@pytest.mark.parametrize(("pooling", "absent"), [("mean_token", True), ("last_token", True), ("mean_valid", False)])
+def test_a_critic_on_masked_tokens_is_given_them(pooling: Pooling, absent: bool) -> None:
+    policy = with_heads(make_policy(), CriticConfig(source="prefix", hidden=(8,), pooling=pooling), None, seed=0)
+    assert policy.processing.absent_camera == absent
+    assert not with_heads(policy, None, None, seed=0).processing.absent_camera

@@ -45,6 +45,11 @@ class CriticConfig:
         if self.append_state and self.source != "prefix":
             raise UserError("critic: append_state needs source: prefix (the expert's features hold the state already)")
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether masked tokens enter the features, so that they must be computed."""
+        return self.source == "prefix" and self.pooling in ("mean_token", "last_token")
+
 
 def pool_prefix(output: Tensor, mask: Tensor, num_language: int, tokens_per_image: int, critic: CriticConfig) -> Tensor:
     """Pool the VLM's output [B, Lp, width] (mask bool [B, Lp], language last) to features float32 [B, width].

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pi0rl.errors import UserError
 from pi0rl.policy.config import Pi0Config, TransformerConfig, VisionConfig
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.policy import Policy
-from pi0rl.policy.processing import Normalisation, Processing
+from pi0rl.policy.processing import ENV_ACTION_DIM, Normalisation, Processing
 from pi0rl.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from pi0rl.policy.weights import assign, read_json, read_safetensors
 
@@ -49,7 +50,10 @@ def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _shape(tensors: Mapping[str, Tensor], name: str, source: Path) -> torch.Size:
     if name not in tensors:
-        raise UserError(f"{source}: weight {name} is missing; expected a pi0 or pi0.5 checkpoint")
+        raise UserError(
+            f"{source}: weight {name} is missing, expected it in every pi0 and pi0.5, got {len(tensors)} others, the "
+            f"first is {min(tensors, default='none')}; is this a whole checkpoint of a pi0?"
+        )
     return tensors[name].shape
 
 
@@ -76,7 +80,10 @@ def infer_config(tensors: Mapping[str, Tensor], action_horizon: int | None, sour
     width, _, patch, _ = _shape(tensors, _VISION + "embeddings.patch_embedding.weight", source)
     patches = _shape(tensors, _VISION + "embeddings.position_embedding.weight", source)[0]
     if width % _SIGLIP_HEAD_DIM:
-        raise UserError(f"{source}: vision width {width} is not SigLIP So400m's; pass the architecture explicitly")
+        raise UserError(
+            f"{source}: vision width is {width}, expected SigLIP So400m's 1152 (a multiple of 72); other "
+            "sizes are read only with the pi0rl.json that pi0rl writes beside them"
+        )
     vision = VisionConfig(
         width=width,
         depth=_depth(tensors, _VISION + "encoder.layers."),
@@ -125,13 +132,45 @@ def read_norm_stats(file: Path, quantiles: bool) -> tuple[Normalisation, Normali
     names = ("q01", "q99") if quantiles else ("mean", "std")
     stats = read_json(file).get("norm_stats") or {}
     parts = []
-    for key in ("state", "actions"):
-        for name in names:
-            if not isinstance(stats.get(key, {}).get(name), list):
-                raise UserError(f"{file}: norm_stats.{key}.{name} is missing; this policy cannot act without it")
-        first, second = (tuple(float(x) for x in stats[key][name]) for name in names)
+    for key, width in (("state", 8), ("actions", ENV_ACTION_DIM)):
+        first, second = checked_statistics(file, f"norm_stats.{key}", stats.get(key) or {}, names, width)
         parts.append(Normalisation("quantile" if quantiles else "mean_std", first, second))
     return parts[0], parts[1]
+
+
+def checked_statistics(
+    file: Path, key: str, stats: Mapping[str, Any], names: tuple[str, str], width: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The two statistics ``names`` of LIBERO's ``width`` dimensions; a UserError where they are missing or nonsense."""
+    found = []
+    for name in names:
+        values = stats.get(name)
+        if not isinstance(values, list):
+            raise UserError(
+                f"{file}: {key}.{name} is missing, expected a list of at least {width} numbers, got "
+                f"{sorted(stats) or 'nothing'}; this policy cannot act without it, take it from its training run"
+            )
+        numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        if not numbers or len(values) < width:
+            got = f"{len(values)} entries{'' if numbers else ', not all finite numbers'}"
+            raise UserError(
+                f"{file}: {key}.{name} has {got}, expected at least {width} for LIBERO; take the statistics of its "
+                "training run"
+            )
+        found.append(tuple(float(value) for value in values))
+    if len(found[0]) != len(found[1]):
+        raise UserError(f"{file}: {key} has {len(found[0])} {names[0]} but {len(found[1])} {names[1]}; copy it again")
+    return found[0], found[1]
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Pi0Config, source: Path) -> Tokenizer:
+    """The tokenizer, if the network embeds all of its ids."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, expected at most the {config.vocab_size} the "
+            "network embeds; put the tokenizer it was trained with beside the weights"
+        )
+    return tokenizer
 
 
 def find_tokenizer(directories: list[Path]) -> Tokenizer:
@@ -157,7 +196,10 @@ def _find_norm_stats(directories: list[Path]) -> Path:
             if file.is_file():
                 return file
     where = " or ".join(str(directory) for directory in directories)
-    raise UserError(f"{where}: no {NORM_STATS}; copy it from the checkpoint this one was trained from")
+    raise UserError(
+        f"{where}: no {NORM_STATS}, without which this policy cannot act; copy it from the checkpoint it was "
+        "trained from"
+    )
 
 
 def openpi_processing(
@@ -176,17 +218,26 @@ def openpi_processing(
     )
 
 
+def rlinf_weights(directory: Path) -> Path | None:
+    """RLinf's ``full_weights.pt`` in or below ``directory``, if it is there."""
+    return next((directory / name for name in RLINF_WEIGHTS if (directory / name).is_file()), None)
+
+
 def read_full_weights(file: Path) -> dict[str, Tensor]:
     """RLinf's ``full_weights.pt``; nothing but tensors is unpickled."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{file}: not a plain file of tensors, refused ({reason}); convert it to safetensors"
+            f"{file}: not a plain file of tensors, truncated or with code in it, so nothing was run ({reason}); "
+            "copy it again, or save its state dict as safetensors where you trust it"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{file}: expected a dictionary of tensors; is this RLinf's full_weights.pt?")
+    if not isinstance(tensors, dict):
+        raise UserError(f"{file}: expected a dictionary of tensors, got {type(tensors).__name__}; is it RLinf's?")
+    strangers = [f"{name}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise UserError(f"{file}: expected tensors only, got {strangers[0]}; save the model's state dict alone")
     return tensors
 
 
@@ -197,7 +248,7 @@ def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config |
         assets: where to look for norm_stats.json and the tokenizer besides ``directory``.
         config: the architecture, where it cannot be seen in the shapes.
     """
-    rlinf = next((directory / name for name in RLINF_WEIGHTS if (directory / name).is_file()), None)
+    rlinf = rlinf_weights(directory)
     source = rlinf or directory
     tensors = canonical(read_full_weights(rlinf) if rlinf else read_safetensors(directory))
     if config is None:
@@ -206,8 +257,9 @@ def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config |
     critic, noise = infer_heads(tensors, config)
     places = [directory] if assets is None else [assets, directory]
     norms = read_norm_stats(_find_norm_stats(places), quantiles=config.pi05)
-    processing = openpi_processing(config, find_tokenizer(places), norms)
-    if critic is not None and critic.source == "prefix":
+    tokenizer = check_vocabulary(find_tokenizer(places), config, directory)
+    processing = openpi_processing(config, tokenizer, norms)
+    if critic is not None and critic.reads_padding:
         processing = replace(processing, absent_camera=True)
     with torch.device("meta"):
         policy = Policy(config, processing, critic, noise)

@@ -19,6 +19,8 @@ from pi0rl.policy.transformer import Gemma, KeyValue, attention_bias, rotation
 from pi0rl.policy.vision import VisionTower
 
 TIME_PERIODS = (0.004, 4.0)
+# Prompts are cut to multiples of this: little beside an image's 256 tokens, and few shapes to choose kernels for.
+LANGUAGE_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,20 @@ class ModelInputs:
         """The observations at ``index`` (int64 or bool)."""
         return ModelInputs(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
+    def language_lengths(self) -> Tensor:
+        """Language positions worth computing, int64 [B]: up to the last valid one, rounded up to a few lengths."""
+        longest = self.tokens.shape[1]
+        ends = (self.token_mask * torch.arange(1, longest + 1, device=self.tokens.device)).amax(1).clamp_min(1)
+        return (ends + -ends % LANGUAGE_MULTIPLE).clamp_max(longest)
+
     def without_padding(self) -> ModelInputs:
-        """Leave out cameras and language positions that are masked in every row; no output changes but rounding."""
-        cameras = self.image_mask.any(0)
-        length = max(int(self.token_mask.sum(1).max()), 1)
+        """Leave out cameras that are masked in every row, and language beyond the longest row's.
+
+        No valid token attends to them and they do not advance positions, so no output changes but by rounding.
+        """
+        cameras, length = self.image_mask.any(0), int(self.language_lengths().max())
+        if bool(cameras.all()) and length == self.tokens.shape[1]:
+            return self
         return replace(
             self,
             images=self.images[:, cameras],
@@ -94,14 +106,18 @@ class Prefix:
 
 
 def concatenate(prefixes: list[Prefix]) -> Prefix:
-    """Join prefixes of equal token count along the batch."""
+    """Join prefixes along the batch; shorter ones are filled up with masked tokens."""
     features = [p.critic_features for p in prefixes if p.critic_features is not None]
+    length = max(p.mask.shape[1] for p in prefixes)
+    missing = [length - p.mask.shape[1] for p in prefixes]
+
+    def join(layer: int, kind: int) -> Tensor:
+        parts = zip((p.cache[layer][kind] for p in prefixes), missing, strict=True)
+        return torch.cat([F.pad(part, (0, 0, 0, count)) for part, count in parts])
+
     return Prefix(
-        cache=tuple(
-            (torch.cat([p.cache[i][0] for p in prefixes]), torch.cat([p.cache[i][1] for p in prefixes]))
-            for i in range(len(prefixes[0].cache))
-        ),
-        mask=torch.cat([p.mask for p in prefixes]),
+        cache=tuple((join(layer, 0), join(layer, 1)) for layer in range(len(prefixes[0].cache))),
+        mask=torch.cat([F.pad(p.mask, (0, count)) for p, count in zip(prefixes, missing, strict=True)]),
         state=torch.cat([p.state for p in prefixes]),
         critic_features=torch.cat(features) if features else None,
     )
@@ -166,6 +182,11 @@ class Pi0(nn.Module):
     def expert(self) -> Gemma:
         """The suffix stack."""
         return cast(Gemma, self.get_submodule("paligemma_with_expert.gemma_expert.model"))
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Trade time for memory in training: keep only the input of every layer, not what happens in it."""
+        for tower in (self.vision, self.text, self.expert):
+            tower.gradient_checkpointing = enabled
 
     def embed_prefix(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Embeddings [B, Lp, width] and their valid mask bool [B, Lp]; images camera by camera, then language.
@@ -232,7 +253,7 @@ class Pi0(nn.Module):
         Args: actions, noise float32 [B, H, action_dim]; time float32 [B] in (0, 1].
         """
         t = time[:, None, None]
-        prefix, _ = self.prefix(inputs)
+        prefix, _ = self.prefix(inputs.without_padding())
         predicted, _ = self.velocity(prefix, t * noise + (1 - t) * actions, time)
         return (noise - actions - predicted).square()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from pi0rl.policy.config import Pi0Config
 from pi0rl.policy.critic import CriticConfig, NoiseHead, NoiseHeadConfig, ValueHead, pool_prefix
-from pi0rl.policy.initialise import initialise
+from pi0rl.policy.initialise import draw_repeating, initialise
 from pi0rl.policy.model import ModelInputs, Pi0, Prefix
+from pi0rl.policy.precision import materialise
 from pi0rl.policy.processing import Processing
 
 FROZEN_PREFIX = "paligemma_with_expert.paligemma."
@@ -41,8 +44,22 @@ class Policy(nn.Module):
         """Where the weights are."""
         return self.model.action_in_proj.weight.device
 
+    @property
+    def exact(self) -> bool:
+        """Whether equal shapes give equal bits whoever shares the batch: on the CPU in float32."""
+        return self.device.type == "cpu" and self.model.expert.dtype == torch.float32
+
     def prefix(self, inputs: ModelInputs) -> Prefix:
-        """Run the VLM once for B observations, and pool the critic's features where the critic reads the prefix."""
+        """Run the VLM once for B observations, and pool the critic's features where the critic reads the prefix.
+
+        Masked cameras and language padding are not computed, unless the critic pools them too.
+        """
+        critic = self.critic_config
+        reads_padding = critic is not None and critic.reads_padding
+        return self.full_prefix(inputs if reads_padding else inputs.without_padding())
+
+    def full_prefix(self, inputs: ModelInputs) -> Prefix:
+        """``prefix`` with every token there is in ``inputs``."""
         critic = self.critic_config
         if critic is None or critic.source == "expert":
             return self.model.prefix(inputs)[0]
@@ -112,10 +129,27 @@ def create_policy(
     return policy
 
 
+def random_policy(config: Pi0Config, processing: Processing, seed: int) -> Policy:
+    """A policy without heads and with random weights in mixed bf16, drawn in place: for measuring at full size.
+
+    No weight ever exists in another precision, so the 3.3 B parameters take 6.6 GB. Unlike in ``create_policy`` the
+    output projection is random as well: the policy moves.
+    """
+    with torch.device("meta"):
+        policy = Policy(config, processing)
+    materialise(policy, "bf16")
+    draw = draw_repeating(seed)
+    initialise(policy.model, draw)
+    with torch.no_grad():
+        draw(policy.model.action_out_proj.weight, config.expert.width**-0.5)
+    return policy
+
+
 def with_heads(policy: Policy, critic: CriticConfig | None, exploration: NoiseHeadConfig | None, seed: int) -> Policy:
     """The same network (shared, not copied) with heads for RL: its own if of this very form, else fresh."""
+    processing = replace(policy.processing, absent_camera=critic is not None and critic.reads_padding)
     with torch.device("meta"):
-        result = Policy(policy.config, policy.processing, critic, exploration)
+        result = Policy(policy.config, processing, critic, exploration)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         value_head, noise_head = _value_head(policy.config, critic), _noise_head(policy.config, exploration)

@@ -136,11 +136,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class ChainEvaluation:
-    """Log-probs [B, S, C, E], values [B] and entropy [B] of stored chains under the current weights."""
+    """Stored chains under the current weights: log-probs [B, S, C, E], values [B], entropy [B], and mean and std
+    [B, S', C, E] of the transitions at the S' stochastic steps (``joint``: S' = K, otherwise S' = S)."""
 
     log_probs: Tensor
     values: Tensor
     entropy: Tensor
+    mean: Tensor
+    std: Tensor
 
 
 def time_grid(num_steps: int) -> Tensor:
@@ -241,12 +244,35 @@ def sample(
 
     On the CPU in float32 a row's bits do not depend on who shares the batch, nor on its place in it.
     """
-    batch = len(inputs)
-    if batch % BATCH_MULTIPLE:
+    if not policy.exact:
+        return _sample(policy, inputs, noise, config, mode)
+    drawn, places = [], []
+    for rows in _alike(inputs):
         # Matrix products treat the last few rows of an uneven batch by another code path, with other rounding.
-        padded = torch.arange(batch + -batch % BATCH_MULTIPLE, device=noise.initial.device).clamp_max(batch - 1)
-        full = sample(policy, inputs.rows(padded), noise.rows(padded), config, mode)
-        return full.rows(torch.arange(batch, device=noise.initial.device))
+        padded = torch.cat((rows, rows[-1:].expand(-len(rows) % BATCH_MULTIPLE)))
+        part = _sample(policy, inputs.rows(padded), noise.rows(padded), config, mode)
+        drawn.append(part.rows(torch.arange(len(rows))))
+        places.append(rows)
+    order = torch.cat(places).argsort()
+    return Sample(*(torch.cat([getattr(part, name) for part in drawn])[order] for name in Sample.__dataclass_fields__))
+
+
+def _alike(inputs: ModelInputs | Prefix) -> list[Tensor]:
+    """Row numbers in groups whose computation has the same shapes: the same cameras, prompts of like lengths."""
+    if isinstance(inputs, Prefix):
+        return [torch.arange(len(inputs))]
+    layouts = torch.cat((inputs.image_mask, inputs.language_lengths()[:, None]), dim=1)
+    _, group = layouts.unique(dim=0, return_inverse=True)
+    return [(group == number).nonzero()[:, 0] for number in range(int(group.max()) + 1)]
+
+
+def _sample(
+    policy: Policy,
+    inputs: ModelInputs | Prefix,
+    noise: SamplingNoise,
+    config: SamplerConfig,
+    mode: Literal["train", "eval"],
+) -> Sample:
     prefix = inputs if isinstance(inputs, Prefix) else policy.prefix(inputs)
     steps = _Steps(policy, config, noise.initial.device)
     chosen = _draw_stochastic_steps(config, noise.uniform, train=mode == "train")
@@ -284,16 +310,24 @@ def evaluate_chains(
     steps = _Steps(policy, config, chains.device)
     rows = torch.arange(len(chains), device=chains.device)
     everywhere = torch.ones_like(rows, dtype=torch.bool)
-    log_probs, values, entropies = [], [], []
+    log_probs, values, entropies, means, stds = [], [], [], [], []
     for k in denoise_inds.unbind(1):
         mean, std, features = steps.transition(prefix, chains[rows, k], k, everywhere)
         log_probs.append(steps.log_prob(chains[rows, k + 1], mean, std))
         values.append(policy.value(prefix, features, config.action_chunk))
         entropies.append(steps.entropy(std))
+        means.append(steps.executed(mean))
+        stds.append(steps.executed(std))
     kept = torch.stack(log_probs, dim=1)
     entropy = torch.stack(entropies, dim=1)
     if config.stochastic == "joint":
         terms = config.num_steps + 1
         kept = (steps.prior(chains[:, 0]) + kept.sum(1))[:, None] / terms
         entropy = torch.cat((entropy, steps.entropy(torch.ones_like(chains[:, 0]))[:, None]), dim=1)
-    return ChainEvaluation(kept, torch.stack(values, dim=1).mean(1), entropy.mean(1))
+    return ChainEvaluation(
+        log_probs=kept,
+        values=torch.stack(values, dim=1).mean(1),
+        entropy=entropy.mean(1),
+        mean=torch.stack(means, dim=1),
+        std=torch.stack(stds, dim=1),
+    )

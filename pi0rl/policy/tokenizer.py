@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pi0rl.errors import UserError
+from pi0rl.policy.action_tokens import bins
 
 PAD_ID = 0
 
@@ -136,20 +137,10 @@ def clean_prompt(text: str) -> str:
     return text.strip().replace("_", " ").replace("\n", " ")
 
 
-def state_bins(state: np.ndarray) -> np.ndarray:
-    """Bins of a normalised state, 256 uniform ones over [-1, 1): int64, -1 below the range, 255 above it."""
-    return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
-
-
-def bin_centres(bins: np.ndarray) -> np.ndarray:
-    """Middle of each bin of ``state_bins``, float64; the inverse up to half a bin inside [-1, 1)."""
-    return (bins + 0.5) / 128 - 1
-
-
 def prompt_text(style: PromptStyle, text: str, state: np.ndarray) -> str:
     """The string that is tokenised, for one normalised, un-padded state [n]."""
     if style == "text_and_state":
-        return f"Task: {clean_prompt(text)}, State: {' '.join(str(b) for b in state_bins(state))};\nAction: "
+        return f"Task: {clean_prompt(text)}, State: {' '.join(str(b) for b in bins(state))};\nAction: "
     if style == "lerobot_text":
         return text if text.endswith("\n") else text + "\n"
     return clean_prompt(text)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0rl.policy.config import TransformerConfig
+from pi0rl.policy.recomputation import recomputed
 from pi0rl.policy.vision import uninitialised_embedding
 
 RMS_EPS = 1e-6
@@ -145,10 +146,15 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """A stack of layers and a final norm; ``vocab_size`` adds the token embedding (prefix stack only)."""
+    """A stack of layers and a final norm; ``vocab_size`` adds the token embedding (prefix stack only).
+
+    Attributes:
+        gradient_checkpointing: keep no activations of a layer for the backward pass but its input.
+    """
 
     def __init__(self, config: TransformerConfig, vocab_size: int | None = None, adaptive: bool = False):
         super().__init__()
+        self.gradient_checkpointing = False
         if vocab_size is not None:
             self.embed_tokens = uninitialised_embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
@@ -168,7 +174,7 @@ class Gemma(nn.Module):
         """
         x, cache = x.to(self.dtype), []
         for layer in self.layers if with_output else list(self.layers)[:-1]:
-            x, own = layer(x, rope, bias)
+            x, own = self._run(layer, x, rope, bias)
             cache.append(own)
         if with_output:
             return cache, self.norm(x)[0]
@@ -182,5 +188,8 @@ class Gemma(nn.Module):
         """Suffix pass: [B, S, width] attending to the cache and itself -> final-norm output [B, S, width]."""
         x = x.to(self.dtype)
         for layer, past in zip(self.layers, cache, strict=True):
-            x, _ = layer(x, rope, bias, past, condition)
+            x, _ = self._run(layer, x, rope, bias, past, condition)
         return self.norm(x, condition)[0]
+
+    def _run(self, layer: nn.Module, *arguments: Tensor | KeyValue | None) -> tuple[Tensor, KeyValue]:
+        return recomputed(layer, *arguments) if self.gradient_checkpointing else layer(*arguments)

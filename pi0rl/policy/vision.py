@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0rl.policy.config import VisionConfig
+from pi0rl.policy.recomputation import recomputed
 
 LAYER_NORM_EPS = 1e-6
 
@@ -85,10 +86,15 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """SigLIP without its pooling head."""
+    """SigLIP without its pooling head.
+
+    Attributes:
+        gradient_checkpointing: keep no activations of a layer for the backward pass but its input.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
+        self.gradient_checkpointing = False
         self.embeddings = VisionEmbeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(config) for _ in range(config.depth))})
         self.post_layernorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
@@ -98,5 +104,5 @@ class VisionTower(nn.Module):
         # Patch and position embeddings stay float32 in mixed precision; the blocks run in their own dtype.
         x = self.embeddings(images.to(torch.float32)).to(self.post_layernorm.weight.dtype)
         for layer in self.encoder["layers"]:  # pyright: ignore[reportGeneralTypeIssues]
-            x = layer(x)
+            x = recomputed(layer, x) if self.gradient_checkpointing else layer(x)
         return self.post_layernorm(x)

@@ -1,0 +1,168 @@
+"""Where a checkpoint comes from: a directory, a hub id with revision, an MLflow model, or a DVC remote."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pi0rl.errors import UserError
+from pi0rl.files import replace_directory
+from pi0rl.policy.weights import read_json, sha256
+
+ORIGIN = "origin.json"
+Kind = Literal["directory", "hub", "mlflow", "dvc"]
+_HUB = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")
+_MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
+_DVC = "dvc:"
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*full_weights.pt")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's files on this machine, and where they are from.
+
+    Attributes:
+        directory: where they are.
+        kind, location: how they were found, and under what name.
+        revision: the one asked for; commit: the one it stood for, where the source has commits.
+    """
+
+    directory: Path
+    kind: Kind
+    location: str
+    revision: str | None = None
+    commit: str | None = None
+
+
+def origin_of(source: Source, layout: str) -> dict[str, Any]:
+    """What is recorded beside a fetched or converted policy: where it is from, and digests of the files it was."""
+    files = sorted({f for pattern in _PATTERNS for f in source.directory.rglob(pattern) if f.name != ORIGIN})
+    before = source.directory / ORIGIN
+    return {
+        "kind": source.kind,
+        "location": source.location,
+        "revision": source.revision,
+        "commit": source.commit,
+        "layout": layout,
+        "sha256": {str(file.relative_to(source.directory)): sha256(file) for file in files},
+        "before": read_json(before) if before.is_file() else None,
+    }
+
+
+def resolve(source: str, revision: str | None = None) -> Source:
+    """The files of ``source``, downloaded if need be.
+
+    Args:
+        source: a directory; ``org/name@revision`` on the hub; an MLflow URI (``models:/name/3``, ``runs:/id/path``);
+            ``dvc:REPOSITORY#PATH`` (the repository a folder or git URL).
+        revision: of a hub id or DVC repository, instead of one after ``@``.
+
+    Raises:
+        UserError: it is not there, or not reachable; says what is missing and where to put it.
+    """
+    if Path(source).is_dir():
+        return Source(Path(source), "directory", source)
+    if source.startswith(_DVC):
+        return _from_dvc(source, revision)
+    if source.startswith(_MLFLOW):
+        return _from_mlflow(source)
+    match = _HUB.fullmatch(f"{source}@{revision}" if revision and "@" not in source else source)
+    if match is None:
+        raise UserError(
+            f"{source}: no such checkpoint directory; expected a directory, a hub id org/name@revision, an MLflow URI "
+            "models:/name/version or dvc:REPOSITORY#PATH"
+        )
+    return _from_hub(match[1], match[2])
+
+
+def verify_hub_files(directory: Path) -> None:
+    """Compare large files with the digest the hub names them by (its cache keeps them under it)."""
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        expected = file.resolve().name
+        if _HEX64.fullmatch(expected) and sha256(file) != expected:
+            raise UserError(
+                f"{file}: sha256 is not {expected[:12]}..., which the hub gives for it; the download is damaged, "
+                f"delete {file.resolve()} and fetch again"
+            )
+
+
+def _from_hub(name: str, revision: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+    except GatedRepoError as error:
+        raise UserError(f"{name}@{revision}: gated on the hub; accept its terms there and set HF_TOKEN") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}@{revision}: not in the local cache and not available from the hub ({reason}); check id and "
+            f"revision, or where there is a network run 'hf download {name} --revision {revision} --local-dir DIR', "
+            "copy DIR here and name it instead"
+        ) from error
+    verify_hub_files(directory)
+    return Source(directory, "hub", name, revision, commit=directory.name)
+
+
+def _from_mlflow(uri: str) -> Source:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        downloaded = Path(download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{uri}: not available from MLflow ({reason}); set MLFLOW_TRACKING_URI, or copy the model's folder "
+            "here and name that"
+        ) from error
+    return Source(_only_checkpoint(downloaded, uri), "mlflow", uri)
+
+
+def _from_dvc(source: str, revision: str | None) -> Source:
+    from dvc.exceptions import DvcException
+    from dvc.scm import SCMError
+
+    repository, separator, path = source.removeprefix(_DVC).partition("#")
+    if not separator or not path:
+        raise UserError(f"{source}: expected dvc:REPOSITORY#PATH, e.g. dvc:.#runs/quickstart/train/policy")
+    try:
+        directory, commit = _dvc_download(repository, path, revision)
+    except (DvcException, SCMError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{source}: not available from DVC ({reason}); check repository, path and revision, or run dvc pull in it "
+            "and name the folder"
+        ) from error
+    return Source(_only_checkpoint(directory, source), "dvc", source, revision, commit)
+
+
+def _dvc_download(repository: str, path: str, revision: str | None) -> tuple[Path, str | None]:
+    """Fetch ``path`` into the user's cache, under its repository and commit."""
+    from dvc.api import DVCFileSystem
+
+    files = DVCFileSystem(url=repository, rev=revision)
+    commit = files.repo.get_rev() if files.repo.scm else None
+    place = re.sub(r"[^\w.-]+", "-", f"{repository}-{commit or 'workspace'}-{path}").strip("-")
+    target = Path.home() / ".cache/pi0rl/dvc" / place
+    with replace_directory(target) as temporary:
+        files.get(path, str(temporary / "checkpoint"), recursive=True)
+    return target / "checkpoint", commit
+
+
+def _only_checkpoint(directory: Path, source: str) -> Path:
+    """The one folder below ``directory`` with a checkpoint's config.json or weights; MLflow nests artifacts."""
+    if not directory.is_dir():
+        raise UserError(f"{source}: a single file, expected a checkpoint's folder; name the folder above it")
+    found = sorted({f.parent for p in ("*.safetensors", "full_weights.pt") for f in directory.rglob(p)})
+    if directory in found or not found:
+        return directory
+    top = found[0]
+    if any(top not in (folder, *folder.parents) for folder in found):
+        names = ", ".join(str(folder.relative_to(directory)) for folder in found[:3])
+        raise UserError(f"{source}: several checkpoints ({names}); name one of them")
+    return top
