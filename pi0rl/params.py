@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.dataclasses import dataclass
 
 from pi0rl.errors import UserError
-from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig
+from pi0rl.rl.config import AlgorithmConfig, GuardConfig, OptimConfig, RewardConfig, UpdateConfig
+from pi0rl.rlinf_keys import rlinf_hint
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -49,10 +50,16 @@ class DemosParams(Section):
 
 
 class FetchParams(Section):
-    """An existing SFT checkpoint to start from, instead of ``demos`` and ``sft``: a local folder or a hub id."""
+    """An existing SFT checkpoint to start from, instead of ``demos`` and ``sft``.
+
+    ``checkpoint`` is a folder, a hub id, an MLflow URI (``models:/name/3``) or ``dvc:REPOSITORY#PATH``; ``assets`` is a
+    folder with norm_stats.json and tokenizer where it lacks them; ``sha256`` of its weights is compared where given.
+    """
 
     checkpoint: str
     revision: str = "main"
+    assets: str | None = None
+    sha256: str | None = None
 
 
 class SftParams(Section):
@@ -128,7 +135,11 @@ class EnvParams(Section):
 
 
 class ModelParams(Section):
-    """Which pi0; C = ``num_action_chunks`` of the predicted horizon are executed, K = ``num_steps`` denoising steps."""
+    """Which pi0; C = ``num_action_chunks`` of the predicted horizon are executed, K = ``num_steps`` denoising steps.
+
+    ``precision``: ``bf16`` keeps the towers' weights without their norms in bfloat16, as openpi and RLinf do; left out,
+    weights stay as the checkpoint has them.
+    """
 
     variant: Literal["tiny", "pi0", "pi05"] = "pi0"
     num_action_chunks: Positive = 5
@@ -142,18 +153,33 @@ class OptimParams(OptimConfig):
     """AdamW over two parameter groups: the policy at ``lr``, the value head at ``value_lr``."""
 
 
+class FsdpParams(Section):
+    """``gradient_checkpointing``: keep only the input of every layer for the backward pass: less memory, slower."""
+
+    gradient_checkpointing: bool = False
+
+
 class ActorParams(Section):
     """The learner."""
 
     model: ModelParams = ModelParams()
     optim: OptimParams = OptimParams()
+    fsdp_config: FsdpParams = FsdpParams()
     global_batch_size: Positive = 2048
     micro_batch_size: Positive = 128
     num_threads: Positive = 2
 
 
 class OpenpiParams(Section):
-    """The stochastic sampler and what of pi0 is trained (RLinf's block of the same name)."""
+    """The stochastic sampler, the heads and what of pi0 is trained (RLinf's block of the same name).
+
+    ``stochastic_steps``: noise at one denoising step drawn per sample, at the last one, or at all, each with a ratio of
+    its own; ``ignore_last`` never draws the last one. ``safe_get_logprob`` takes minus the squared error for the
+    log-prob. The value head reads the action expert (``chunk_critic_input``: the executed actions' tokens only) or,
+    with ``value_after_vlm``, the VLM's tokens, pooled as ``value_vlm_mode`` says: left out, the mean over valid ones
+    (RLinf's ``mean_token`` with ``algorithm.compat: rlinf``). ``noise_logvar_range`` holds the two standard deviations
+    that flow_noise learns between.
+    """
 
     noise_level: Rate = 0.5
     action_chunk: Positive | None = None
@@ -162,14 +188,19 @@ class OpenpiParams(Section):
     action_env_dim: Positive | None = None
     noise_method: Literal["flow_sde", "flow_noise", "reinflow", "flow_cps", "flow_ode"] = "flow_sde"
     stochastic_steps: Literal["one", "last", "all"] = "one"
+    noise_logvar_range: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.08, 0.16)
     joint_logprob: bool = False
+    ignore_last: bool = False
+    safe_get_logprob: bool = False
     add_value_head: bool = True
     value_after_vlm: bool = False
+    value_vlm_mode: Literal["mean_token", "first_token", "last_token", "mean_valid"] | None = None
+    chunk_critic_input: bool = False
     detach_critic_input: bool = True
 
 
 @dataclass(frozen=True, config=STRICT)
-class AlgorithmParams(AlgorithmConfig, RewardConfig):
+class AlgorithmParams(AlgorithmConfig, RewardConfig, GuardConfig):
     """PPO (``adv_type: gae``) or GRPO (``adv_type: grpo``).
 
     Left out, ``adv_type`` is gae with a value head and grpo without; ``group_size`` is 1 for gae and 8 for grpo.
@@ -177,6 +208,10 @@ class AlgorithmParams(AlgorithmConfig, RewardConfig):
     """
 
     rollout_epoch: Positive = 8
+
+    def __post_init__(self) -> None:
+        AlgorithmConfig.__post_init__(self)
+        GuardConfig.__post_init__(self)
 
 
 class LoggerParams(Section):
@@ -198,11 +233,16 @@ class RunnerParams(Section):
 
 
 class EvaluationParams(Section):
-    """The fixed plan both policies are judged on; the step limit is openpi's per suite."""
+    """The fixed plan both policies are judged on; the step limit is openpi's per suite.
 
-    split: Literal["official", "held_out"] = "held_out"
+    ``both`` plays it on the held-out and on the official init states. With ``num_seeds`` the plan is played that many
+    times, the policy's noise drawn from ``seed``, ``seed`` + 1, ...
+    """
+
+    split: Literal["official", "held_out", "both"] = "held_out"
     episodes_per_task: Positive = 10
     seed: NonNegative = 1000
+    num_seeds: Positive = 1
     videos_per_policy: NonNegative = 4
 
 
@@ -305,7 +345,7 @@ def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
     try:
         return Params.model_validate(_only_keys_of(tree, resolved))
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from error
+        raise UserError(f"{path}: {explain(error)}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -373,14 +413,16 @@ def _only_keys_of(tree: Any, resolved: Any) -> Any:
     return {key: _only_keys_of(value, resolved[key]) for key, value in tree.items()}
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[BaseModel] = Params) -> str:
     """The first problem as one line: key, what is wrong, what was expected, the nearest key."""
     problems = error.errors()
     problem = next((p for p in problems if p["type"] in UNKNOWN_KEY), problems[0])
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in UNKNOWN_KEY and (hint := rlinf_hint(key)):
+        return f"{key}: {hint}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] in UNKNOWN_KEY:
-        known = _keys_beside(problem["loc"])
+        known = _keys_beside(problem["loc"], schema)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}{more}"
@@ -390,9 +432,9 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {message}, got {problem['input']!r}{more}"
 
 
-def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+def _keys_beside(loc: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
     """The keys the schema knows in the section that holds ``loc``."""
-    section: Any = Params
+    section: Any = schema
     for part in loc[:-1]:
         annotation = get_type_hints(section)[str(part)]
         candidates = get_args(annotation) or (annotation,)

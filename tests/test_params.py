@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 
 from pi0rl.errors import UserError
 from pi0rl.params import Params, dump_params, load_params, params_hash
+from pi0rl.rlinf_keys import RLINF_KEYS
 
 PARAMS = Path(__file__).parents[1] / "params"
 
@@ -58,6 +61,142 @@ def _written(folder: Path, text: str, name: str = "experiment.yaml") -> Path:
 @pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_file_is_valid(path: Path) -> None:
     assert load_params(path).suites
+
+
+# Values of RLinf's libero_{spatial,object,goal,10}_{ppo,grpo}_openpi.yaml: common ones, by algorithm, by suite.
+PUBLISHED: dict[str, object] = {
+    "seed": 42,
+    "actor.model.variant": "pi0",
+    "actor.model.num_steps": 4,
+    "actor.model.action_dim": 7,
+    "actor.model.precision": None,
+    "actor.optim.lr": 5e-6,
+    "actor.optim.value_lr": 1e-4,
+    "actor.optim.adam_beta1": 0.9,
+    "actor.optim.adam_beta2": 0.95,
+    "actor.optim.adam_eps": 1e-8,
+    "actor.optim.weight_decay": 0.01,
+    "actor.optim.lr_scheduler": "constant",
+    "actor.optim.lr_warmup_steps": 0,
+    "actor.optim.critic_warmup_steps": 0,
+    "actor.global_batch_size": 2048,
+    "actor.micro_batch_size": 128,
+    "openpi.noise_method": "flow_sde",
+    "openpi.noise_level": 0.5,
+    "openpi.train_expert_only": True,
+    "openpi.joint_logprob": False,
+    "openpi.value_after_vlm": False,
+    "algorithm.reward_type": "chunk_level",
+    "algorithm.logprob_type": "chunk_level",
+    "algorithm.entropy_type": "token_level",
+    "algorithm.entropy_bonus": 0,
+    "algorithm.clip_ratio_low": 0.2,
+    "algorithm.clip_ratio_high": 0.2,
+    "algorithm.clip_ratio_c": 3.0,
+    "algorithm.value_clip": 0.2,
+    "algorithm.huber_delta": 10.0,
+    "algorithm.gamma": 0.99,
+    "algorithm.gae_lambda": 0.95,
+    "algorithm.kl_beta": 0,
+    "algorithm.loss_agg_func": "token-mean",
+    "algorithm.rewards_lower_bound": 0.1,
+    "algorithm.rewards_upper_bound": 0.9,
+    "algorithm.reward_coef": 1.0,
+    "algorithm.use_rel_reward": True,
+    "algorithm.use_step_penalty": False,
+    "algorithm.normalize_advantages": True,
+    "algorithm.rollout_epoch": 8,
+    "env.train.total_num_envs": 64,
+    "env.seed": 0,
+    "env.camera_size": 256,
+    "env.settle_steps": 15,
+    "runner.max_epochs": 1000,
+    "runner.save_interval": 40,
+}
+BY_ALGORITHM: dict[str, dict[str, object]] = {
+    "ppo": {
+        "algorithm.adv_type": "gae",
+        "algorithm.loss_type": "actor_critic",
+        "algorithm.group_size": 1,
+        "algorithm.update_epoch": 4,
+        "algorithm.filter_rewards": False,
+        "openpi.add_value_head": True,
+        "openpi.detach_critic_input": True,
+    },
+    "grpo": {
+        "algorithm.adv_type": "grpo",
+        "algorithm.loss_type": "actor",
+        "algorithm.group_size": 8,
+        "algorithm.update_epoch": 2,
+        "algorithm.filter_rewards": True,
+        "openpi.add_value_head": False,
+        "openpi.detach_critic_input": False,
+    },
+}
+# executed chunk, steps per episode, clip_grad, samples per iteration (chunks x envs x epochs), SFT checkpoint
+BY_SUITE = {
+    "libero_spatial": (5, 240, 1.0, 24576, "Spatial-Object-Goal"),
+    "libero_object": (5, 240, 1.0, 24576, "Spatial-Object-Goal"),
+    "libero_goal": (5, 320, 1.0, 32768, "Spatial-Object-Goal"),
+    "libero_10": (10, 480, 2.0, 24576, "Long"),
+}
+
+
+@pytest.mark.parametrize("algorithm", BY_ALGORITHM)
+@pytest.mark.parametrize("suite", BY_SUITE)
+def test_published_params_have_the_published_values(suite: str, algorithm: str) -> None:
+    params = load_params(PARAMS / f"{suite}_{algorithm}_openpi.yaml")
+    for key, expected in {**PUBLISHED, **BY_ALGORITHM[algorithm]}.items():
+        assert attrgetter(key)(params) == expected, key
+    chunk, steps, clip_grad, samples, checkpoint = BY_SUITE[suite]
+    train, settings = params.env.train, params.algorithm
+    assert params.suites == (suite,)
+    assert (params.actor.model.num_action_chunks, train.max_episode_steps) == (chunk, steps)
+    assert params.actor.optim.clip_grad == clip_grad
+    assert steps // chunk * train.total_num_envs * settings.rollout_epoch == samples
+    assert samples % params.actor.global_batch_size == 0
+    assert params.fetch is not None
+    assert params.fetch.checkpoint == f"RLinf/RLinf-Pi0-LIBERO-{checkpoint}-SFT"
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ("{env: 0-3, rollout: 4-7, actor: 0-7}", {"env": "0-3", "rollout": "4-7", "actor": "0-7"}),
+        ("{'env,rollout,actor': all}", {"env,rollout,actor": "all"}),
+        ("{env: 0-1, rollout: 2-5, actor: 6-7}", {"env": "0-1", "rollout": "2-5", "actor": "6-7"}),
+    ],
+)
+def test_the_three_published_placements(tmp_path: Path, placement: str, expected: dict[str, str]) -> None:
+    text = f"cluster:\n  num_nodes: 1\n  component_placement: {placement}\n"
+    assert load_params(_written(tmp_path, text)).cluster.component_placement == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("actor: {fsdp_config: {strategy: fsdp}}", "actor.fsdp_config.strategy: how weights are spread"),
+        ("env: {train: {auto_reset: false}}", "algorithm.compat: rlinf"),
+        ("actor: {model: {openpi: {noise_level: 0.5}}}", "set openpi at the top level"),
+        ("algorithm: {bootstrap_type: always}", "nothing is bootstrapped"),
+        ("rollout: {group_name: RolloutGroup}", "leave it out"),
+        ("openpi: {config_name: pi0_libero}", "set actor.model.variant"),
+    ],
+)
+def test_rlinfs_other_keys_are_refused_with_a_reason(tmp_path: Path, text: str, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        load_params(_written(tmp_path, text))
+
+
+def test_a_hint_names_keys_that_exist() -> None:
+    known = dump_params(Params.model_validate({}))
+    for key, hint in RLINF_KEYS.items():
+        for named in re.findall(r"set ((?:[a-z_]+\.)+[a-z_]+)", hint):
+            section: object = yaml.safe_load(known) | {"fetch": {"checkpoint": ""}}
+            for part in named.split("."):
+                assert isinstance(section, dict)
+                assert part in section, f"{key}: {hint}"
+                section = section[part]
 
 
 def test_snippets_of_rlinf_paste_in(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,17 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from pi0rl.errors import UserError
 from pi0rl.observation import Observation
 from pi0rl.rl import losses
-from pi0rl.rl.advantages import Batch, gae, group_advantages, kept_groups, make_batch, valid_mask
+from pi0rl.rl.advantages import Batch, Reference, gae, group_advantages, kept_groups, make_batch, valid_mask
 from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig
 from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
 from pi0rl.rl.trajectories import Rollout, Trajectory, shape_rewards, step_dones
-from pi0rl.rl.update import UpdateReport, minibatches, update
+from pi0rl.rl.update import Evaluation, UpdateReport, minibatches, update
 
 CHUNK, MAX_STEPS = 3, 12
 PPO = AlgorithmConfig(ratio_tolerance=1e-5)
@@ -62,7 +64,7 @@ def episodes() -> list[Trajectory]:
 def test_rewards_pay_the_first_success_once() -> None:
     success = np.array([[0, 0, 1], [0, 1, 1]], dtype=bool)
     assert shape_rewards(success, RewardConfig(reward_coef=5.0)).tolist() == [[0, 0, 5], [0, 0, 0]]
-    assert shape_rewards(success, RewardConfig(), latch=False).tolist() == [[0, 0, 1], [-1, 1, 0]]
+    assert shape_rewards(success, RewardConfig(latch_success=False)).tolist() == [[0, 0, 1], [-1, 1, 0]]
     penalty = RewardConfig(use_rel_reward=False, use_step_penalty=True)
     assert shape_rewards(success, penalty).tolist() == [[-1, -1, 0], [0, 0, 0]]
 
@@ -227,9 +229,11 @@ class Toy(nn.Module):
         self.value = nn.Parameter(torch.zeros(1))
         self.actions = torch.from_numpy(rollout.inputs(range(len(rollout))).chains[:, :2, :, :7])
 
-    def evaluate(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_probs = -0.5 * (self.actions[samples] - self.mean) ** 2
-        return log_probs, self.value.expand(len(samples)), torch.zeros(len(samples))
+    def evaluate(self, samples: Tensor) -> Evaluation:
+        mean = self.mean.expand(len(samples), 2, CHUNK, 7)
+        log_probs = -0.5 * (self.actions[samples] - mean) ** 2
+        values, entropy = self.value.expand(len(samples)), torch.zeros(len(samples))
+        return Evaluation(log_probs, values, entropy, mean, torch.ones_like(mean))
 
 
 def toy_problem(config: UpdateConfig) -> tuple[Toy, Batch, PolicyOptimizer]:
@@ -237,7 +241,7 @@ def toy_problem(config: UpdateConfig) -> tuple[Toy, Batch, PolicyOptimizer]:
     toy = Toy(rollout)
     batch = make_batch(rollout, config.algorithm, MAX_STEPS)
     with torch.no_grad():
-        batch = replace(batch, log_probs=toy.evaluate(batch.samples)[0])
+        batch = replace(batch, log_probs=toy.evaluate(batch.samples).log_probs)
     return toy, batch, PolicyOptimizer({"mean": toy.mean}, {"value": toy.value}, config.optim)
 
 
@@ -251,7 +255,7 @@ def run(config: UpdateConfig, iterations: int = 1) -> tuple[Toy, UpdateReport]:
     reports = []
     for iteration in range(iterations):
         with torch.no_grad():
-            batch = replace(batch, log_probs=toy.evaluate(batch.samples)[0])
+            batch = replace(batch, log_probs=toy.evaluate(batch.samples).log_probs)
         reports.append(update(toy.evaluate, batch, optimizer, config, iteration))
     return toy, reports[-1]
 
@@ -260,7 +264,7 @@ def test_update_raises_the_likelihood_of_good_actions() -> None:
     config = settings_for(replace(PPO, target_kl=None))
     toy, batch, optimizer = toy_problem(config)
     report = update(toy.evaluate, batch, optimizer, config, iteration=0)
-    gain = (toy.evaluate(batch.samples)[0] - batch.log_probs).sum(dim=(1, 2, 3)).detach()
+    gain = (toy.evaluate(batch.samples).log_probs - batch.log_probs).sum(dim=(1, 2, 3)).detach()
     assert float((gain * batch.advantages[:, 0]).mean()) > 0
     assert report.metrics["actor/first_ratio_error"] == 0.0
     assert report.metrics["actor/optimizer_steps"] == len(report.steps) == 4 * round(len(batch) / 8)
@@ -306,9 +310,10 @@ def test_non_finite_steps_are_skipped_and_reported() -> None:
     config = settings_for()
     toy, batch, optimizer = toy_problem(config)
 
-    def poisoned(samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_probs, values, entropy = toy.evaluate(samples)
-        return log_probs, values * torch.inf, entropy
+    def poisoned(samples: Tensor) -> Evaluation:
+        result = toy.evaluate(samples)
+        assert result.values is not None
+        return replace(result, values=result.values * torch.inf)
 
     report = update(poisoned, batch, optimizer, config, iteration=0)
     assert report.metrics["actor/skipped_steps"] == len(report.steps)
@@ -332,7 +337,7 @@ def test_optimizer_state_continues_to_the_same_bytes() -> None:
     update(toy.evaluate, batch, optimizer, config, iteration=0)
     saved = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     weights = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
-    batch = replace(batch, log_probs=toy.evaluate(batch.samples)[0].detach())
+    batch = replace(batch, log_probs=toy.evaluate(batch.samples).log_probs.detach())
     update(toy.evaluate, batch, optimizer, config, iteration=1)
 
     resumed, _, fresh = toy_problem(config)
@@ -343,15 +348,45 @@ def test_optimizer_state_continues_to_the_same_bytes() -> None:
     assert torch.equal(resumed.value, toy.value)
 
 
-def test_kl_term_pulls_back_to_the_reference() -> None:
-    algorithm = replace(PPO, kl_beta=100.0, target_kl=None)
+@pytest.mark.parametrize("kind", ["gaussian", "low_var_kl", "mse"])
+def test_kl_term_pulls_back_to_the_reference(kind: Literal["gaussian", "low_var_kl", "mse"]) -> None:
+    algorithm = replace(PPO, kl_beta=100.0, kl_penalty=kind, target_kl=None)
     pulled = settings_for(algorithm)
     toy, batch, optimizer = toy_problem(pulled)
-    batch = replace(batch, ref_log_probs=batch.log_probs)
+    with torch.no_grad():
+        start = toy.evaluate(batch.samples)
+    assert start.mean is not None
+    assert start.std is not None
+    batch = replace(batch, reference=Reference(start.log_probs, start.mean.clone(), start.std))
     report = update(toy.evaluate, batch, optimizer, pulled, iteration=0)
     free, _ = run(settings_for(replace(algorithm, kl_beta=0.0)))
     assert float(toy.mean.detach().norm()) < float(free.mean.detach().norm())
     assert report.metrics["actor/ref_kl"] >= 0.0
+
+
+def test_gaussian_kl_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, ref_mean = torch.randn(2, 50, generator=generator)
+    std, ref_std = 0.1 + torch.rand(2, 50, generator=generator)
+    expected = torch.distributions.kl_divergence(Normal(mean, std), Normal(ref_mean, ref_std))
+    torch.testing.assert_close(losses.gaussian_kl(mean, std, ref_mean, ref_std), expected)
+    assert not losses.gaussian_kl(mean, 0 * std, ref_mean, 0 * ref_std).any()  # an ODE step is not random
+
+
+def test_entropy_bonus_counts_events() -> None:
+    totals = {}
+    for kind in ("token_level", "action_level", "chunk_level"):
+        config = settings_for(replace(PPO, entropy_bonus=1.0, entropy_type=kind, update_epoch=1, value_clip=None))
+        toy, batch, optimizer = toy_problem(config)
+
+        def certain(samples: Tensor, toy: Toy = toy) -> Evaluation:
+            return replace(toy.evaluate(samples), entropy=torch.ones(len(samples)))
+
+        report = update(certain, batch, optimizer, config, iteration=0)
+        metrics = report.metrics
+        totals[kind] = metrics["actor/policy_loss"] + metrics["actor/value_loss"] - metrics["actor/loss"]
+        assert metrics["actor/entropy"] == pytest.approx(1.0)
+    assert totals == pytest.approx({"token_level": 1, "action_level": 7, "chunk_level": 7 * CHUNK}, rel=1e-4)
 
 
 def test_schedules() -> None:

@@ -18,7 +18,7 @@ from pi0rl.rl.config import UpdateConfig
 from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.trajectories import Rollout, Trajectory
-from pi0rl.rl.update import Evaluate, update
+from pi0rl.rl.update import Evaluate, Evaluation, update
 
 # A frozen prefix is computed once per update and kept for all its epochs, as long as it fits in this much memory.
 PREFIX_CACHE_BYTES = 2 * 2**30
@@ -33,6 +33,7 @@ class ActorWorker:
         sampler: SamplerConfig,
         config: UpdateConfig,
         train_expert_only: bool,
+        gradient_checkpointing: bool,
         num_threads: int,
         device: str,
     ) -> None:
@@ -40,12 +41,13 @@ class ActorWorker:
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
         self._checkpoint, self._sampler, self._config, self._device = checkpoint, sampler, config, device
-        self._frozen_prefix = train_expert_only
+        self._frozen_prefix, self._gradient_checkpointing = train_expert_only, gradient_checkpointing
 
     def start(self) -> None:
         """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
         self._policy = load_policy(self._checkpoint).to(self._device)
         self._trainable = self._policy.trainable_parameters(self._frozen_prefix)
+        self._policy.model.set_gradient_checkpointing(self._gradient_checkpointing)
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
         self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)
@@ -78,12 +80,18 @@ class ActorWorker:
     def _evaluator(self, rollout: Rollout) -> Evaluate:
         prefix_of = self._prefixes(rollout)
 
-        def evaluate(samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def evaluate(samples: Tensor) -> Evaluation:
             inputs = rollout.inputs(samples.tolist())
             chains = torch.from_numpy(inputs.chains).to(self._device)
             inds = torch.from_numpy(inputs.denoise_inds).to(self._device)
             result = evaluate_chains(self._policy, prefix_of(samples), chains, inds, self._sampler)
-            return result.log_probs.cpu(), result.values.cpu(), result.entropy.cpu()
+            return Evaluation(
+                log_probs=result.log_probs.cpu(),
+                values=result.values.cpu(),
+                entropy=result.entropy.cpu(),
+                mean=result.mean.cpu(),
+                std=result.std.cpu(),
+            )
 
         return evaluate
 

@@ -35,7 +35,7 @@ class LoopConfig:
         max_episode_steps: control steps per training episode.
         seed, scene_seed: of plans and noise; of LIBERO's fixture poses.
         save_interval: iterations between checkpoints (the last one is always saved).
-        train_expert_only, num_threads: of the actor.
+        train_expert_only, gradient_checkpointing, num_threads: of the actor.
     """
 
     suites: tuple[str, ...]
@@ -49,6 +49,7 @@ class LoopConfig:
     scene_seed: int
     save_interval: int
     train_expert_only: bool
+    gradient_checkpointing: bool
     num_threads: int
     rewards: RewardConfig
     update: UpdateConfig
@@ -105,6 +106,7 @@ def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placemen
             players.sampler,
             config.update,
             config.train_expert_only,
+            config.gradient_checkpointing,
             config.num_threads,
             "cpu" if device is None else "cuda",
         )

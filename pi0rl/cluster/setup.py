@@ -25,19 +25,21 @@ def critic_config(params: Params) -> CriticConfig | None:
         return None
     tiny = params.actor.model.variant == "tiny"
     pi05 = params.actor.model.variant == "pi05"
+    compat = params.algorithm.compat == "rlinf"
     return CriticConfig(
         source="prefix" if openpi.value_after_vlm else "expert",
         hidden=TINY_CRITIC if tiny else (1024, 512, 256) if pi05 else (512, 256, 128),
         detach=openpi.detach_critic_input,
-        matches_rollout=params.algorithm.compat == "none",
-        pooling="mean_valid" if params.algorithm.compat == "none" else "mean_token",
-        append_state=openpi.value_after_vlm and params.algorithm.compat == "none",
+        chunk_only=openpi.chunk_critic_input,
+        matches_rollout=not compat,
+        pooling=openpi.value_vlm_mode or ("mean_token" if compat else "mean_valid"),
+        append_state=openpi.value_after_vlm and not compat,
     )
 
 
 def noise_config(params: Params) -> NoiseHeadConfig | None:
     """The noise head of ``flow_noise``."""
-    return NoiseHeadConfig() if _method(params) == "flow_noise" else None
+    return NoiseHeadConfig(params.openpi.noise_logvar_range) if _method(params) == "flow_noise" else None
 
 
 def sampler_config(params: Params) -> SamplerConfig:
@@ -50,6 +52,8 @@ def sampler_config(params: Params) -> SamplerConfig:
         env_action_dim=model.action_dim,
         noise_level=openpi.noise_level,
         stochastic="joint" if openpi.joint_logprob else _STOCHASTIC[openpi.stochastic_steps],
+        ignore_last=openpi.ignore_last,
+        squared_error_log_prob=openpi.safe_get_logprob,
     )
 
 
@@ -81,6 +85,7 @@ def loop_config(params: Params) -> LoopConfig:
         scene_seed=params.env.seed,
         save_interval=params.runner.save_interval,
         train_expert_only=params.openpi.train_expert_only,
+        gradient_checkpointing=params.actor.fsdp_config.gradient_checkpointing,
         num_threads=actor.num_threads,
         rewards=algorithm,
         update=UpdateConfig(algorithm, actor.optim, actor.global_batch_size, actor.micro_batch_size, params.seed),

@@ -34,6 +34,24 @@ class Advantages:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What another policy makes of the same N samples, for the KL term to it; all float32.
+
+    Attributes:
+        log_probs: [N, S, C, E], as in :class:`Batch`.
+        mean, std: [N, S', C, E], its transitions at the stochastic denoising steps.
+    """
+
+    log_probs: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def rows(self, indices: Tensor) -> Reference:
+        """The given samples."""
+        return Reference(self.log_probs[indices], self.mean[indices], self.std[indices])
+
+
+@dataclass(frozen=True)
 class Batch:
     """N samples ready for the update; L is 1 or C as in :class:`Advantages`.
 
@@ -45,7 +63,7 @@ class Batch:
         values: float32 [N, L] of the behaviour policy; None without critic.
         returns: float32 [N, L]; None without critic.
         weights: float32 [N, L], a sample's weight in the loss (``loss_agg_func="trajectory-mean"``); None: equal.
-        ref_log_probs: float32 [N, S, C, E] of the reference policy, for the KL term; None without it.
+        reference: the policy that training began from, for the KL term; None without it.
     """
 
     samples: Tensor
@@ -55,7 +73,7 @@ class Batch:
     values: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
-    ref_log_probs: Tensor | None = None
+    reference: Reference | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -74,7 +92,7 @@ class Batch:
             values=pick(self.values),
             returns=pick(self.returns),
             weights=pick(self.weights),
-            ref_log_probs=pick(self.ref_log_probs),
+            reference=None if self.reference is None else self.reference.rows(indices),
         )
 
 

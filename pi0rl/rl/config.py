@@ -23,6 +23,44 @@ class RewardConfig:
     """Emit the change of the reward since the last step, so that success pays once."""
     use_step_penalty: bool = False
     """Subtract 1 at every step (before taking differences)."""
+    latch_success: bool = True
+    """Rewards after the first success are 0, for the episode is over. Without it (RLinf) losing success again later in
+    the same chunk takes the reward back."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When training counts as collapsed, and what then happens (:mod:`pi0rl.rl.guards`).
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    collapse_drop: float | None = 0.2
+    """Collapsed: success, averaged over ``collapse_window`` iterations, lies this far below its best; None: never."""
+    collapse_window: int = 3
+    collapse_kl: float | None = 2.0
+    """Collapsed: the approximate KL of a minibatch exceeds this; None: never."""
+    max_rollbacks: int = 2
+    """How often to go back to the best checkpoint; after that a collapse ends the run."""
+    rollback_lr_factor: float = 0.5
+    """Factor on all learning rates from a rollback on."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.collapse_drop is None or 0.0 < self.collapse_drop < 1.0,
+            f"algorithm.collapse_drop={self.collapse_drop}: must be in (0, 1), or null to switch it off",
+        )
+        _require(
+            self.collapse_kl is None or self.collapse_kl > 0.0,
+            f"algorithm.collapse_kl={self.collapse_kl}: must be positive, or null to switch it off",
+        )
+        _require(self.collapse_window >= 1, f"algorithm.collapse_window={self.collapse_window}: must be at least 1")
+        _require(self.max_rollbacks >= 0, f"algorithm.max_rollbacks={self.max_rollbacks}: must not be negative")
+        _require(
+            0.0 < self.rollback_lr_factor <= 1.0,
+            f"algorithm.rollback_lr_factor={self.rollback_lr_factor}: must be in (0, 1]",
+        )
 
 
 @dataclass(frozen=True)
@@ -59,9 +97,13 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2
     huber_delta: float = 10.0
     entropy_bonus: float = 0.0
+    entropy_type: Level = "token_level"
+    """What the entropy bonus counts: numbers, actions (E times as much) or chunks (C E times as much)."""
     kl_beta: float = 0.0
-    """Weight of the KL term to the reference (SFT) policy; needs ``Batch.ref_log_probs``."""
-    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl"] = "low_var_kl"
+    """Weight of the KL term to the policy that training began from; needs ``Batch.reference``."""
+    kl_penalty: Literal["gaussian", "kl", "abs", "mse", "low_var_kl"] = "gaussian"
+    """How that KL is had: ``gaussian`` exactly, from mean and std of the two transitions; the others are estimates
+    from the sampled log-probs (:func:`pi0rl.rl.losses.kl_estimate`)."""
 
     update_epoch: int = 4
     target_kl: float | None = 0.15
@@ -179,6 +221,7 @@ def effective(config: AlgorithmConfig) -> AlgorithmConfig:
         clip_ratio_c=None,
         clip_log_ratio_min=None,
         clip_log_ratio_max=None,
+        entropy_type="token_level",
         kl_beta=0.0,
         loss_agg_func="trajectory-mean",
         normalize_advantages=True,

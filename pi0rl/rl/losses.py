@@ -58,6 +58,14 @@ def kl_estimate(log_probs: Tensor, reference: Tensor, kind: str) -> Tensor:
     return (inverse.exp() - inverse - 1.0).clamp(-10.0, 10.0)
 
 
+def gaussian_kl(mean: Tensor, std: Tensor, ref_mean: Tensor, ref_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(ref_mean, ref_std^2)) of every number; 0 where nothing is random (std 0)."""
+    fixed = (std == 0) | (ref_std == 0)
+    std, ref_std = (torch.where(fixed, torch.ones_like(x), x) for x in (std, ref_std))
+    kl = (ref_std / std).log() + (std**2 + (mean - ref_mean) ** 2) / (2 * ref_std**2) - 0.5
+    return torch.where(fixed, 0.0, kl)
+
+
 def actor_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,

@@ -72,22 +72,20 @@ def step_dones(success: np.ndarray, max_episode_steps: int) -> np.ndarray:
     return success | (elapsed >= max_episode_steps)
 
 
-def shape_rewards(success: np.ndarray, config: RewardConfig, latch: bool = True) -> np.ndarray:
+def shape_rewards(success: np.ndarray, config: RewardConfig) -> np.ndarray:
     """Per-step rewards, float32 [T, C], of one episode (REFERENCE: LIBERO's sparse reward).
 
     ``r_n = reward_coef * success_n - [use_step_penalty]``; with ``use_rel_reward`` the change ``r_n - r_{n-1}`` is
-    emitted instead (``r_{-1} = 0``).
+    emitted instead (``r_{-1} = 0``). With ``latch_success`` rewards after the first success are 0.
 
     Args:
         success: bool [T, C].
-        latch: rewards after the first success are 0, for the episode is over. Without it (``compat="rlinf"``)
-            losing success again later in the same chunk takes the reward back.
     """
     flat = success.reshape(-1)
     reward = config.reward_coef * flat.astype(np.float32) - np.float32(config.use_step_penalty)
     if config.use_rel_reward:
         reward = np.diff(reward, prepend=np.float32(0.0))
-    if latch:
+    if config.latch_success:
         over = np.concatenate(([False], np.logical_or.accumulate(flat)[:-1]))
         reward = np.where(over, 0.0, reward)
     return reward.astype(np.float32).reshape(success.shape)

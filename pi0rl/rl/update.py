@@ -19,8 +19,27 @@ from pi0rl.rl.config import AlgorithmConfig, UpdateConfig, effective
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
 
-Evaluate = Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
-"""samples int64 [n] -> log-probs [n, S, C, E], values [n] or None, entropy [n] or None, with gradient."""
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the policy makes of n samples, with gradient.
+
+    Attributes:
+        log_probs: [n, S, C, E].
+        values: [n]; None without critic.
+        entropy: [n], mean per number; None where it cannot change.
+        mean, std: [n, S', C, E], transitions at the stochastic denoising steps; needed for ``kl_penalty="gaussian"``.
+    """
+
+    log_probs: Tensor
+    values: Tensor | None
+    entropy: Tensor | None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+
+Evaluate = Callable[[Tensor], Evaluation]
+"""Samples int64 [n] -> what the policy makes of them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,12 @@ class _Tally:
 
 
 def update(
-    evaluate: Evaluate, batch: Batch, optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int
+    evaluate: Evaluate,
+    batch: Batch,
+    optimizer: PolicyOptimizer,
+    config: UpdateConfig,
+    iteration: int,
+    lr_factor: float = 1.0,
 ) -> UpdateReport:
     """Train on ``batch`` for ``update_epoch`` epochs.
 
@@ -65,6 +89,7 @@ def update(
 
     Args:
         iteration: RL iteration, 0, 1, ...; decides shuffles, schedules and the critic warm-up.
+        lr_factor: on both learning rates, besides the schedules (see :mod:`pi0rl.rl.guards`).
 
     Raises:
         UserError: a ratio of the first minibatch is not 1 within ``ratio_tolerance``, or (``compat="rlinf"``) the
@@ -72,7 +97,7 @@ def update(
     """
     settings = effective(config.algorithm)
     tally = _Tally()
-    first_ratio_error, stopped = float("nan"), False
+    first_ratio_error, max_kl, stopped = float("nan"), 0.0, False
     for minibatch in minibatches(len(batch), config, iteration):
         critic_only = _critic_only(optimizer, config, iteration)
         done = len(tally.metrics)
@@ -82,12 +107,13 @@ def update(
             first_ratio_error = max(float(metrics["max_log_ratio"]) for _, metrics in fresh)
             _check_first_ratio(first_ratio_error, settings)
         kl = sum(share * float(metrics["actor/approx_kl_k3"]) for share, metrics in fresh)
+        max_kl = max(max_kl, kl)
         if settings.target_kl is not None and not critic_only and kl > settings.target_kl:
             optimizer.zero_grad()
             stopped = True
             break
-        tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only))
-    return UpdateReport(_summary(tally, first_ratio_error, stopped), tuple(tally.steps), stopped)
+        tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only, lr_factor))
+    return UpdateReport(_summary(tally, first_ratio_error, max_kl, stopped), tuple(tally.steps), stopped)
 
 
 def minibatches(samples: int, config: UpdateConfig, iteration: int) -> list[Tensor]:
@@ -132,54 +158,66 @@ def _accumulate_gradients(
     for rows in minibatch.split(micro_batch_size):
         part = batch.rows(rows.to(batch.samples.device))
         share = len(rows) / len(minibatch)
-        log_probs, values, entropy = evaluate(part.samples)
-        loss, metrics = _loss(part, log_probs, values, entropy, settings, critic_only)
+        result = evaluate(part.samples)
+        loss, metrics = _loss(part, result, settings, critic_only)
         (share * loss).backward()
         tally.metrics.append((share, metrics))
-        if values is not None and part.returns is not None:
-            tally.moments.append(losses.explained_variance_moments(values[:, None], part.returns, part.mask))
+        if result.values is not None and part.returns is not None:
+            tally.moments.append(losses.explained_variance_moments(result.values[:, None], part.returns, part.mask))
 
 
-def _loss(
-    part: Batch,
-    log_probs: Tensor,
-    values: Tensor | None,
-    entropy: Tensor | None,
-    settings: AlgorithmConfig,
-    critic_only: bool,
-) -> tuple[Tensor, losses.Metrics]:
+def _loss(part: Batch, new: Evaluation, settings: AlgorithmConfig, critic_only: bool) -> tuple[Tensor, losses.Metrics]:
     """``actor + critic - entropy_bonus * entropy + kl_beta * KL``; the critic's part alone during its warm-up."""
-    total, metrics = losses.actor_loss(log_probs, part.log_probs, part.advantages, part.mask, settings, part.weights)
+    total, metrics = losses.actor_loss(
+        new.log_probs, part.log_probs, part.advantages, part.mask, settings, part.weights
+    )
     with torch.no_grad():
-        log_ratio = losses.sum_to_level(log_probs - part.log_probs, "chunk_level")
+        log_ratio = losses.sum_to_level(new.log_probs - part.log_probs, "chunk_level")
         valid = part.mask.any(dim=1)
         metrics["max_log_ratio"] = (log_ratio.abs() * valid[:, None, None, None]).max()
-    if entropy is not None:
-        mean_entropy = losses.masked_mean(entropy[:, None], part.mask)
-        metrics["actor/entropy"] = mean_entropy.detach()
-        total = total - settings.entropy_bonus * mean_entropy
+    if new.entropy is not None:
+        entropy = losses.masked_mean(new.entropy[:, None], part.mask)
+        metrics["actor/entropy"] = entropy.detach()
+        total = total - settings.entropy_bonus * _numbers_per_event(new.log_probs, settings) * entropy
     if settings.kl_beta > 0.0:
-        if part.ref_log_probs is None:
-            raise ValueError("algorithm.kl_beta > 0 needs the reference policy's log-probs in the batch")
-        new, reference = (losses.sum_to_level(x, settings.logprob_type) for x in (log_probs, part.ref_log_probs))
-        weight = None if part.weights is None else part.weights[:, :, None]
-        kl = losses.kl_estimate(new, reference, settings.kl_penalty).mean(dim=1)
-        ref_kl = losses.aggregate(kl, part.mask[:, :, None], weight)
-        metrics["actor/ref_kl"] = ref_kl.detach()
-        total = total + settings.kl_beta * ref_kl
+        kl = _reference_kl(part, new, settings)
+        metrics["actor/ref_kl"] = kl.detach()
+        total = total + settings.kl_beta * kl
     if critic_only:
         total = torch.zeros_like(total)
         metrics["actor/policy_loss"] = total
     if settings.loss_type == "actor_critic":
-        if values is None or part.values is None or part.returns is None:
+        if new.values is None or part.values is None or part.returns is None:
             raise ValueError("algorithm.loss_type=actor_critic needs values from the policy and in the batch")
         value_loss, value_metrics = losses.critic_loss(
-            values[:, None], part.values, part.returns, part.mask, settings, part.weights
+            new.values[:, None], part.values, part.returns, part.mask, settings, part.weights
         )
         metrics |= value_metrics
         total = total + value_loss
     metrics["actor/loss"] = total.detach()
     return total, metrics
+
+
+def _numbers_per_event(log_probs: Tensor, settings: AlgorithmConfig) -> int:
+    """Entropy is reported per number; independent numbers add up within an event of ``entropy_type``."""
+    chunk, dims = log_probs.shape[-2:]
+    return {"token_level": 1, "action_level": dims, "chunk_level": chunk * dims}[settings.entropy_type]
+
+
+def _reference_kl(part: Batch, new: Evaluation, settings: AlgorithmConfig) -> Tensor:
+    """KL to the reference policy, aggregated like the actor's loss."""
+    reference = part.reference
+    if reference is None or new.mean is None or new.std is None:
+        raise ValueError("algorithm.kl_beta > 0 needs the reference policy in the batch and the policy's transitions")
+    if settings.kl_penalty == "gaussian":
+        kl = losses.gaussian_kl(new.mean, new.std, reference.mean, reference.std)
+        kl = losses.sum_to_level(kl, settings.logprob_type)
+    else:
+        log_probs = losses.sum_to_level(new.log_probs, settings.logprob_type)
+        reference_log_probs = losses.sum_to_level(reference.log_probs, settings.logprob_type)
+        kl = losses.kl_estimate(log_probs, reference_log_probs, settings.kl_penalty)
+    weight = None if part.weights is None else part.weights[:, :, None]
+    return losses.aggregate(kl.mean(dim=1), part.mask[:, :, None], weight)
 
 
 def _check_first_ratio(error: float, settings: AlgorithmConfig) -> None:
@@ -192,9 +230,11 @@ def _check_first_ratio(error: float, settings: AlgorithmConfig) -> None:
         )
 
 
-def _optimizer_step(optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int, critic_only: bool) -> Step:
+def _optimizer_step(
+    optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int, critic_only: bool, lr_factor: float
+) -> Step:
     compat = config.algorithm.compat == "rlinf"
-    factor = learning_rate_factor(config.optim, iteration, clamp=not compat)
+    factor = lr_factor * learning_rate_factor(config.optim, iteration, clamp=not compat)
     actor_lr = config.optim.lr * factor * adam_warmup_factor(config.optim, optimizer.actor_steps)
     value_lr = config.optim.value_lr * factor
     norm, taken = optimizer.step(actor_lr, value_lr, critic_only)
@@ -203,7 +243,7 @@ def _optimizer_step(optimizer: PolicyOptimizer, config: UpdateConfig, iteration:
     return Step(norm, 0.0 if critic_only else actor_lr, value_lr, taken)
 
 
-def _summary(tally: _Tally, first_ratio_error: float, stopped: bool) -> dict[str, float]:
+def _summary(tally: _Tally, first_ratio_error: float, max_kl: float, stopped: bool) -> dict[str, float]:
     """Means over micro batches (by share of their minibatch) and over optimiser steps."""
     summary: dict[str, float] = {}
     total_share = sum(share for share, _ in tally.metrics)
@@ -217,6 +257,7 @@ def _summary(tally: _Tally, first_ratio_error: float, stopped: bool) -> dict[str
         "actor/optimizer_steps": float(len(taken)),
         "actor/skipped_steps": float(len(tally.steps) - len(taken)),
         "actor/stopped_by_kl": float(stopped),
+        "actor/max_kl": max_kl,
         "actor/first_ratio_error": first_ratio_error,
     }
     if tally.moments:
