@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment
+from pi0rl.experiment import Experiment, changed_params
 
 
 def print_status(experiment: Experiment) -> int:
     """Print a line per stage; returns 0 if all are up to date, else 1."""
+    if experiment.frozen and not experiment.dvc_file.is_file():
+        print(f"{experiment.reference}: not begun; `pi0rl run` with the same arguments begins it")
+        return 1
+    if changes := changed_params(experiment):
+        listed = ", ".join(changes)
+        print(f"{experiment.reference}: lies there with other params ({listed}); `pi0rl run` would change them")
     stale = _dvc_status(experiment)
     width = max(map(len, experiment.stages))
     for stage in experiment.stages:
         print(f"{stage:<{width}}  {_verdict(stale.get(stage))}")
-    return 1 if stale else 0
+    return 1 if stale or changes else 0
 
 
 def _dvc_status(experiment: Experiment) -> dict[str, Any]:

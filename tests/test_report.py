@@ -14,22 +14,30 @@ import pandas as pd
 import pytest
 
 from pi0rl.errors import UserError
+from pi0rl.params import load_params
 from pi0rl.provenance import Commit, commit
+from pi0rl.report.changes import params_changes
+from pi0rl.report.inputs import read_run
 from pi0rl.report.page import write_report
 from pi0rl.report.plots import inline, learning_charts
-from pi0rl.report.tables import summarise
+from pi0rl.report.seeds import sibling_runs, summarise_seeds
+from pi0rl.report.tables import FAILURE_KINDS, suite_label, summarise
+from pi0rl.report.videos import choose_failures
 
 _OBJECTS = ("alphabet soup", "cream cheese", "salad dressing", "bbq sauce", "ketchup")
+_OBJECTS += ("tomato sauce", "butter", "milk", "chocolate pudding", "orange juice")
+_PARAMS = "suites: [libero_object, libero_spatial]\nevaluation: {{episodes_per_task: {episodes_per_task}}}\n"
+_FAILURES = ("never grasped", "dropped", "wrong object", "timeout")
 _RATES = {"sft": {"libero_object": 0.5, "libero_spatial": 0.7}, "ppo": {"libero_object": 0.85, "libero_spatial": 0.5}}
 
 
 def make_run(run: Path, episodes_per_task: int = 10, seconds: float = 100.0) -> Path:
-    """A run folder as the stages leave it: two suites of five tasks, better on one, worse on the other."""
+    """A run folder as the stages leave it: two suites of ten tasks, better on one, worse on the other."""
     for stage in ("demos", "sft", "train", "evaluate"):
         (run / stage).mkdir(parents=True)
         started = "2025-01-01T10:00:00+00:00"
         (run / stage / "timing.json").write_text(json.dumps({"seconds": seconds, "started": started}))
-    (run / "params.yaml").write_text("seed: 0\nsuites: [libero_object, libero_spatial]\n")
+    (run / "params.yaml").write_text(_PARAMS.format(episodes_per_task=episodes_per_task))
     for stage in ("sft", "train"):
         (run / stage / "policy").mkdir()
         (run / stage / "policy" / "model.safetensors").write_bytes(stage.encode())
@@ -75,7 +83,9 @@ def _episodes(run: Path, episodes_per_task: int) -> pd.DataFrame:
                     rows.append(
                         {
                             "policy": policy,
+                            "protocol": "0123456789ab",
                             "split": "held_out",
+                            "seed": 1000,
                             "index": index,
                             "suite": suite,
                             "task_id": task_id,
@@ -83,10 +93,12 @@ def _episodes(run: Path, episodes_per_task: int) -> pd.DataFrame:
                             "language": f"pick up the {name} & place it in the basket",
                             "init_state_id": init_state_id,
                             "state_hash": f"{suite}-{task_id}-{init_state_id}",
-                            "seed": 0,
+                            "scene_seed": 0,
                             "success_once": success,
                             "success_at_end": success,
                             "steps": 90 if success else 280,
+                            "seconds": 2.5,
+                            "failure": "" if success else _FAILURES[index % 4],
                             "error": "",
                             "video": video,
                         }
@@ -123,7 +135,7 @@ def test_results_count_the_episode_table(run: Path, report: Path) -> None:
     ]
     for row in results["rows"]:
         chosen = episodes[(episodes["policy"] == row["policy"]) & (episodes["suite"] == row["suite"])]
-        assert (row["split"], row["k"], row["n"]) == ("held_out", chosen["success_once"].sum(), 50)
+        assert (row["split"], row["k"], row["n"]) == ("held_out", chosen["success_once"].sum(), 100)
         low, high = row["wilson"]
         assert low < row["k"] / row["n"] < high
     gained = {k: sum(r["k"] for r in results["rows"] if r["policy"] == k) for k in ("sft", "ppo")}
@@ -153,7 +165,9 @@ def test_the_page_stands_alone_and_has_no_name_twice(report: Path) -> None:
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
-    assert page.count("<video ") == 2 * len(re.findall('class="card pair"', page)) > 0
+    pairs, failures = page.count('class="card pair"'), page.count('<figure class="card"><video')
+    assert page.count("<video ") == 2 * pairs + failures
+    assert min(pairs, failures) > 0
     assert all("aria-label=" in tag for tag in re.findall(r"<(?:video|svg) [^>]*>", page))
     assert "&amp; place it" in page
 
@@ -169,7 +183,7 @@ def test_markdown_shows_existing_files_and_whole_tables(report: Path) -> None:
 
 
 def test_charts_take_the_colours_of_the_page(run: Path) -> None:
-    charts = learning_charts(pd.read_csv(run / "train" / "metrics.csv"))
+    charts = learning_charts([(pd.read_csv(run / "train" / "metrics.csv"),)])
     assert [chart.description.split(":")[0] for chart in charts] == [
         "Success of training episodes",
         "Episode length (steps)",
@@ -180,6 +194,68 @@ def test_charts_take_the_colours_of_the_page(run: Path) -> None:
     assert "var(--trained)" in svg
     assert "DejaVu" not in svg
     assert not re.search(r"#[0-9a-f]{6}\b(?!\))", svg.replace("#ffffff", ""))
+
+
+def test_runs_that_differ_in_the_seed_alone_show_the_spread(run: Path, tmp_path: Path) -> None:
+    others = {"seed1": "seed: 1\n", "seed2": "seed: 2\n", "other": "seed: 3\nsft: {lr: 0.5}\n"}
+    for name, lines in others.items():
+        shutil.copytree(run, tmp_path / "runs" / name)
+        path = tmp_path / "runs" / name / "params.yaml"
+        path.write_text(lines + path.read_text())
+    training = pd.read_csv(run / "train" / "metrics.csv")
+    training["env/success_once"] += 0.1
+    training.to_csv(tmp_path / "runs" / "seed2" / "train" / "metrics.csv", index=False)
+    siblings = sibling_runs(load_params(run / "params.yaml"), tmp_path / "runs")
+    assert [folder.name for folder in siblings] == ["seed1", "seed2"]
+    write_report(run, tmp_path / "report", "small", siblings)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "3 runs that differ in the seed alone" in page
+    assert "Success of training episodes (3 seeds): 0.4" in page
+    summary = summarise_seeds([read_run(folder) for folder in (run, *siblings)])
+    assert summary is not None
+    assert [result.seed for result in summary.runs] == [0, 1, 2]
+    low, high = summary.after[1]
+    assert low < summary.after[0] < high
+    assert summarise_seeds([read_run(run)]) is None
+
+
+def test_failures_are_counted_and_shown_by_kind(run: Path, report: Path) -> None:
+    episodes = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    summary = summarise(episodes)
+    assert set(FAILURE_KINDS) == set(_FAILURES)
+    for policy in summary.policies:
+        failed = episodes[(episodes["policy"] == policy) & ~episodes["success_once"]]
+        assert summary.failures(policy) == failed["failure"].value_counts().to_dict()
+    shown = choose_failures(episodes, run / "evaluate", "ppo", per_kind=1, max_bytes=10**7)
+    assert shown
+    assert all(failure.kind == kind and not failure.side.success for kind, (failure,) in shown.items())
+    assert choose_failures(episodes, run / "evaluate", "ppo", per_kind=1, max_bytes=10) == {}
+    page = (report / "index.html").read_text()
+    assert all(meaning in page for meaning in FAILURE_KINDS.values())
+
+
+def test_errors_are_counted_apart_and_late_losses_shown(run: Path) -> None:
+    episodes = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    broken = (episodes["policy"] == "ppo") & (episodes["index"] == 0)
+    lost = episodes["success_once"] & (episodes["index"] == 199)
+    episodes = episodes.assign(error=np.where(broken, "diverged", ""), success_at_end=episodes["success_once"] & ~lost)
+    row = summarise(episodes).row("ppo", "held_out", episodes["suite"].iloc[0])
+    assert (row.n, row.errors) == (99, 1)
+    assert summarise(episodes).errors == 1
+    rows = summarise(episodes).rows
+    assert sum(row.k - row.k_at_end for row in rows) == lost.sum()
+
+
+def test_params_are_compared_with_the_nearest_file(tmp_path: Path) -> None:
+    (tmp_path / "far.yaml").write_text("seed: 9\nsuites: [libero_10]\nsft: {lr: 0.1}\n")
+    (tmp_path / "near.yaml").write_text("sft: {lr: 0.1}\n")
+    (tmp_path / "broken.yaml").write_text("sft: {learning_rate: 0.1}\n")
+    changes = params_changes(
+        load_params(tmp_path / "far.yaml").model_copy(update={"suites": ("libero_object",)}), tmp_path
+    )
+    assert changes is not None
+    assert (changes.base, changes.values) == ("far", {"suites": (["libero_10"], ["libero_object"])})
+    assert suite_label("libero_object_swap") == "Object, swap"
 
 
 def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
@@ -203,7 +279,7 @@ def test_a_refused_run_leaves_the_old_report_and_nothing_else(run: Path, tmp_pat
         write_report(broken, folder, "small")
     episodes = pd.read_parquet(broken / "evaluate" / "episodes.parquet")
     episodes.iloc[:-1].to_parquet(broken / "evaluate" / "episodes.parquet")
-    with pytest.raises(UserError, match="99 episodes completed, 100 planned"):
+    with pytest.raises(UserError, match="199 episodes completed, 200 planned"):
         write_report(broken, folder, "small")
     (broken / "evaluate" / "episodes.parquet").unlink()
     with pytest.raises(UserError, match="run `pi0rl evaluate` first"):

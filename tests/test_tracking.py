@@ -1,16 +1,23 @@
-"""Metrics files repeat and resume; an MLflow run shows one history, whatever was interrupted or away."""
+"""Metrics files repeat and resume; a run shows one history, whatever was interrupted or away; alarms are raised."""
 
 from __future__ import annotations
 
+import importlib.util
+import io
 from pathlib import Path
 
 import pytest
 from projects import make_project
 
+from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, open_experiment
-from pi0rl.tracking.metrics import METRICS, MetricsWriter, read_table
+from pi0rl.tracking.alarms import WINDOW, alarms
+from pi0rl.tracking.loggers import Table, open_loggers
+from pi0rl.tracking.metrics import METRICS, MetricsWriter, read_alarms, read_table
 from pi0rl.tracking.mlflow_logger import MlflowLogger, flatten, tracking_uri
 from pi0rl.tracking.publish import dvc_hashes, evaluation_metrics
+from pi0rl.tracking.sweep import begin_sweep
+from pi0rl.tracking.terminal import TrainingView, sparkline
 
 
 @pytest.fixture
@@ -103,3 +110,126 @@ def test_results_and_hashes_for_the_run(experiment: Experiment) -> None:
     lock = "stages: {train: {outs: [{path: runs/quickstart/train, md5: abc.dir}]}, demos: {cmd: x}}"
     (experiment.root / "dvc.lock").write_text(lock)
     assert dvc_hashes(experiment) == {"train": "abc.dir"}
+
+
+def test_results_become_columns_a_table_nested_runs_and_a_champion(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    client = _client(experiment)
+    folder = experiment.run_dir.parent
+    begin_sweep("s", folder, experiment)
+    for success, p, champion in ((60, 0.20, None), (70, 0.01, 70), (65, 0.01, 70), (80, 0.001, 80)):
+        (experiment.run_dir / "mlflow_run_id").unlink(missing_ok=True)
+        rows = [
+            {"policy": name, "split": "held_out", "suite": "libero_object", "k": k, "n": 100, "wilson": [0.3, 0.6]}
+            for name, k in (("sft", 50), ("ppo", success))
+        ]
+        tests = [
+            {"suite": suite, "before": "sft", "after": "ppo", "change": success / 100 - 0.5, "mcnemar_p": p}
+            for suite in ("libero_object", "all")
+        ]
+        logger = MlflowLogger(experiment)
+        for _ in range(2):  # published twice: nothing twice
+            logger.add_results({"rows": rows, "comparisons": tests}, {"train": f"{success}.dir"})
+        logger.finish()
+        assert client.get_model_version_by_alias("libero_object", "candidate").tags["dvc.train"] == f"{success}.dir"
+        reigning = client.get_registered_model("libero_object").aliases.get("champion")
+        version = None if reigning is None else client.get_model_version("libero_object", reigning)
+        assert champion == (None if version is None else 100 * float(version.tags["success"]))
+    run = client.get_run(logger.run_id)
+    assert run.data.metrics["success/ppo"] == 0.8
+    assert run.data.tags["mlflow.parentRunId"] == (folder / "mlflow_run_id").read_text().strip()
+    assert len(client.load_table(run.info.experiment_id, "results.json", [run.info.run_id])) == 2
+    nested = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    assert [(each.info.run_name, each.data.metrics["success/ppo"]) for each in nested] == [("libero_object", 0.8)]
+
+
+def _calm(iterations: int) -> tuple[Table, Table]:
+    metrics = {
+        step: {"env/success_once": 0.5, "actor/approx_kl_k3": 0.01, "env/steps": 100.0} for step in range(iterations)
+    }
+    timing = {
+        step: {"time/step": 10.0, "time/generate_rollouts": 8.0, "time/env/render": 6.0} for step in range(iterations)
+    }
+    return metrics, timing
+
+
+def _kinds(iteration: int, metrics: Table, timing: Table, **latest: float) -> list[str]:
+    values = metrics[iteration] | {name.replace("__", "/"): value for name, value in latest.items()}
+    return [alarm.kind for alarm in alarms(iteration, values, metrics, timing, target_kl=0.2)]
+
+
+def test_alarms_name_what_is_wrong_and_only_that() -> None:
+    metrics, timing = _calm(2 * WINDOW)
+    last = 2 * WINDOW - 1
+    assert _kinds(last, metrics, timing) == []
+    assert _kinds(last, metrics, timing, actor__loss=float("nan")) == ["not finite"]
+    assert _kinds(last, metrics, timing, actor__skipped_steps=2.0) == ["not finite"]
+    assert _kinds(last, metrics, timing, actor__approx_kl_k3=0.41) == ["KL"]
+    assert _kinds(last, metrics, timing | {last: timing[last] | {"perf/env_slowest": 1.7}}) == ["slow worker"]
+    assert _kinds(last, metrics, timing | {last: timing[last] | {"time/step": 30.0}}) == ["slow iteration"]
+    for step in range(WINDOW, 2 * WINDOW):
+        metrics[step]["env/success_once"] = 0.3
+    assert _kinds(last, metrics, timing) == ["success drop"]
+
+
+def test_alarms_are_shown_and_kept_over_a_resume(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsWriter(experiment) as writer:
+        writer.resume(0)
+        for number in range(4):
+            writer.write(number, {"actor/approx_kl_k3": 9.0 if number in (1, 3) else 0.0}, {"time/step": 1.0})
+    assert capsys.readouterr().err.count("ALARM (KL) at iteration") == 2
+    path = experiment.stage_dir("train") / "alarms.csv"
+    assert [alarm.iteration for alarm in read_alarms(path)] == [1, 3]
+    assert read_table(path.with_name("timing.csv"))[3]["perf/alarms"] == 1
+    _train(experiment, 2, 3)
+    assert [alarm.iteration for alarm in read_alarms(path)] == [1]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_view_is_a_panel_in_a_terminal_and_lines_in_a_log() -> None:
+    metrics, timing = _calm(3)
+    log, terminal = io.StringIO(), _Terminal()
+    for stream in (log, terminal):
+        view = TrainingView(30, stream)
+        view.show({0: metrics[0]}, {0: timing[0]}, ())
+        view.show(metrics, timing, alarms(2, {"actor/loss": float("inf")}, metrics, timing, None))
+    first, alarm, second = log.getvalue().splitlines()
+    assert "\x1b" not in log.getvalue()
+    assert first.startswith("train: iteration 1/30, 0:10, 4:50 left; success 0.50")
+    assert second.startswith("train: iteration 3/30, 0:30, 4:30 left; success 0.50")
+    assert "env workers 75% busy" in second
+    assert alarm == "ALARM (not finite) at iteration 2: actor/loss"
+    assert terminal.getvalue().count("\x1b[5F\x1b[J") == 1
+    assert sparkline([0.0, 0.5, 1.0], 0, 1) == "▁▅█"
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_optional_backends_log_offline_or_say_what_to_install(name: str, experiment: Experiment) -> None:
+    logged = open_experiment("quickstart", (f"runner.logger.logger_backends=[{name},tensorboard]",), "runs/logged")
+    if importlib.util.find_spec(name) is None:
+        with pytest.raises(UserError, match=rf"{name}, which is not installed; pip install 'pi0rl\[{name}\]'"):
+            open_loggers(logged)
+        pytest.skip(f"{name} is not installed")
+    _train(logged, 0, 2)
+    _train(logged, 1, 4)
+    (run,) = [path for path in (logged.run_dir / name).rglob("*") if path.suffix in (".wandb", ".swanlab")]
+    assert run.stat().st_size > 1000
+
+
+def test_tensorboard_reads_the_same_names(experiment: Experiment) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = open_experiment("quickstart", ("runner.logger.logger_backends=[tensorboard]",), "runs/logged")
+    _train(logged, 0, 3)
+    _train(logged, 2, 5)
+    (folder,) = {path.parent for path in logged.run_dir.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    points = [(event.step, event.value) for event in events.Scalars("env/success_once")]
+    assert points == [(number, pytest.approx(number / 7)) for number in range(5)]
+    assert set(events.Tags()["scalars"]) == {"env/success_once", "actor/loss", "time/step"}

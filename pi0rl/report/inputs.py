@@ -9,7 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from pi0rl.errors import UserError
-from pi0rl.evaluation.statistics import require_complete
+from pi0rl.evaluation.completeness import require_complete
+from pi0rl.evaluation.evaluator import experiment_exam
+from pi0rl.params import Params, load_params
+from pi0rl.tracking.alarms import Alarm
+from pi0rl.tracking.metrics import read_alarms
 
 STAGES: tuple[str, ...] = ("demos", "sft", "train", "evaluate")
 
@@ -29,20 +33,24 @@ class Run:
 
     Attributes:
         directory: the folder of the run.
-        params: the text of its frozen params file.
-        episodes: one row per policy and episode (`pi0rl.evaluation.statistics.EPISODE_COLUMNS`), complete.
+        params: its frozen params.
+        params_text: the text of their file.
+        episodes: one row per policy and episode (`pi0rl.evaluation.completeness.EPISODE_COLUMNS`), complete.
         metrics: one row per training iteration; empty without training.
         timing: ``time/*`` and ``perf/*``, one row per training iteration; empty without training.
         sft_metrics: one row per logged step of imitation; empty without imitation.
+        alarms: what training warned of.
         stages: wall times in the order the stages ran.
     """
 
     directory: Path
-    params: str
+    params: Params
+    params_text: str
     episodes: pd.DataFrame
     metrics: pd.DataFrame
     timing: pd.DataFrame
     sft_metrics: pd.DataFrame
+    alarms: tuple[Alarm, ...]
     stages: tuple[StageTime, ...]
 
 
@@ -52,20 +60,22 @@ def read_run(directory: Path) -> Run:
     Raises:
         UserError: params or episode table are missing, or the table supports no conclusion.
     """
-    table, params = directory / "evaluate" / "episodes.parquet", directory / "params.yaml"
-    for path, stage in ((params, "run"), (table, "evaluate")):
+    table, params_file = directory / "evaluate" / "episodes.parquet", directory / "params.yaml"
+    for path, stage in ((params_file, "run"), (table, "evaluate")):
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected the output of an earlier stage; run `pi0rl {stage}` first")
     episodes = pd.read_parquet(table)
-    planned = {str(split): int(rows["index"].to_numpy().max()) + 1 for split, rows in episodes.groupby("split")}
-    require_complete(episodes, planned, source=str(table))
+    params = load_params(params_file)
+    require_complete(episodes, experiment_exam(params).planned(), source=str(table))
     return Run(
         directory=directory,
-        params=params.read_text(encoding="utf-8"),
-        episodes=episodes.sort_values(["policy", "split", "index"], ignore_index=True),
+        params=params,
+        params_text=params_file.read_text(encoding="utf-8"),
+        episodes=episodes.sort_values(["policy", "split", "seed", "index"], ignore_index=True),
         metrics=_read_csv(directory / "train" / "metrics.csv"),
         timing=_read_csv(directory / "train" / "timing.csv"),
         sft_metrics=_read_csv(directory / "sft" / "metrics.csv"),
+        alarms=tuple(read_alarms(directory / "train" / "alarms.csv")),
         stages=tuple(_stage_times(directory)),
     )
 

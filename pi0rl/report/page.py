@@ -5,33 +5,33 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi0rl import provenance
 from pi0rl.errors import UserError
+from pi0rl.evaluation.evaluator import FAILURES_PER_KIND
+from pi0rl.evaluation.protocols import experiment_protocol
 from pi0rl.files import replace_directory
 from pi0rl.report import plots
+from pi0rl.report.changes import params_changes
+from pi0rl.report.costs import duration, effort, throughput, training_time
 from pi0rl.report.inputs import Run, read_run
-from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, SUITE_LABELS, Summary, summarise
-from pi0rl.report.videos import Pair, choose_pairs
+from pi0rl.report.seeds import read_siblings, summarise_seeds
+from pi0rl.report.tables import FAILURE_KINDS, POLICY_LABELS, SPLIT_LABELS, Summary, suite_label, summarise
+from pi0rl.report.videos import Failure, Pair, choose_failures, choose_pairs
 
 # The page stays below 20 MB; base64 makes 4 bytes of 3.
-_MAX_VIDEO_BYTES = 13_000_000
+_MAX_PAIR_BYTES, _MAX_FAILURE_BYTES = 9_000_000, 4_000_000
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One line of what a run took: what, how much, and an optional remark."""
-
-    name: str
-    value: str
-
-
-def write_report(run_dir: Path, report_dir: Path, experiment: str) -> None:
+def write_report(
+    run_dir: Path, report_dir: Path, experiment: str, siblings: Sequence[Path] = (), params_dir: Path | None = None
+) -> None:
     """Write the report of a finished run into a folder, replacing the report that is there.
 
     Everything is derived from the run's files. ``results.json`` is equal for equal runs; what may differ between them
@@ -41,6 +41,8 @@ def write_report(run_dir: Path, report_dir: Path, experiment: str) -> None:
         run_dir: the folder of the run, ``runs/<experiment>``.
         report_dir: where to write, ``reports/<experiment>``; it appears only when the report is complete.
         experiment: the name to show.
+        siblings: folders of runs that differ in the seed alone; curves and a table show the spread over them.
+        params_dir: folder of params files; the nearest is what this run's params are compared with.
 
     Raises:
         UserError: the run is not finished, its episode table supports no conclusion, or the folder cannot be written.
@@ -50,7 +52,7 @@ def write_report(run_dir: Path, report_dir: Path, experiment: str) -> None:
     _refuse_foreign_folder(report_dir)
     try:
         with replace_directory(report_dir) as folder:
-            _write_files(run, summary, folder, experiment)
+            _write_files(run, read_siblings(siblings), summary, folder, experiment, params_dir)
     except OSError as error:
         raise UserError(f"{report_dir}: cannot write the report ({error}); expected a writable folder") from error
 
@@ -67,70 +69,66 @@ def results(run: Run, summary: Summary) -> dict[str, object]:
         "comparisons": [asdict(comparison) for comparison in summary.comparisons],
         "regressions": [asdict(comparison) for comparison in summary.regressions],
         "tasks": [asdict(task) for task in summary.tasks],
-        "params_sha256": provenance.text_hash(run.params),
+        "params_sha256": provenance.text_hash(run.params_text),
         "checkpoints_sha256": provenance.checkpoint_hashes(run.directory),
     }
 
 
-def _write_files(run: Run, summary: Summary, folder: Path, experiment: str) -> None:
+def _write_files(
+    run: Run, siblings: tuple[Run, ...], summary: Summary, folder: Path, experiment: str, params_dir: Path | None
+) -> None:
     numbers = results(run, summary)
     facts = _facts(run, experiment)
     _write_json(folder / "results.json", numbers)
     _write_json(folder / "run.json", facts)
-    pairs: tuple[Pair, ...] = ()
-    if summary.headline:
-        before, after = summary.headline.before, summary.headline.after
-        pairs = choose_pairs(run.episodes, run.directory / "evaluate", before, after, _MAX_VIDEO_BYTES)
+    pairs, failures = _chosen_videos(run, summary, folder / "videos")
+    curves = [(each.sft_metrics, each.metrics) for each in (run, *siblings)]
     charts = {f"tasks_{split}": plots.task_chart(summary.tasks_of(split), summary.policies) for split in summary.splits}
-    overview = plots.learning_overview(run.sft_metrics, run.metrics)
+    overview = plots.learning_overview(curves)
     if overview:
         charts["learning"] = overview
     for name, chart in charts.items():
         (folder / f"{name}.svg").write_text(chart.svg, encoding="utf-8")
-    _copy_videos(pairs, folder / "videos")
     context = {
         "experiment": experiment,
         "summary": summary,
+        "protocol": experiment_protocol(run.params),
+        "seeds": summarise_seeds([run, *siblings]),
         "numbers": numbers,
         "facts": facts,
-        "params": run.params,
+        "params": run.params_text,
+        "changes": params_changes(run.params, params_dir) if params_dir else None,
         "pairs": pairs,
+        "failures": failures,
+        "failure_kinds": FAILURE_KINDS,
         "effort": effort(run),
+        "throughput": throughput(run, torch.cuda.device_count()),
         "stages": run.stages,
         "training_time": training_time(run.timing),
+        "alarms": run.alarms,
         "charts": charts,
-        "curves": plots.learning_charts(run.sft_metrics, run.metrics),
+        "curves": plots.learning_charts(curves),
     }
     environment = _environment()
     for template, name in (("report.md.jinja", "report.md"), ("page.html.jinja", "index.html")):
         (folder / name).write_text(environment.get_template(template).render(context), encoding="utf-8")
 
 
-def effort(run: Run) -> tuple[Cost, ...]:
-    """What was simulated and learned, in counts that are equal for equal runs."""
-    costs = []
-    if len(run.metrics):
-        costs.append(Cost("Training iterations", f"{len(run.metrics):,}"))
-    for metric, name in (("env/num_trajectories", "Training episodes"), ("env/steps", "Training environment steps")):
-        if metric in run.metrics:
-            costs.append(Cost(name, f"{int(run.metrics[metric].to_numpy().sum()):,}"))
-    costs.append(Cost("Evaluation episodes", f"{len(run.episodes):,}"))
-    costs.append(Cost("Evaluation environment steps", f"{int(run.episodes['steps'].to_numpy().sum()):,}"))
-    return tuple(costs)
-
-
-def training_time(timing: pd.DataFrame) -> tuple[Cost, ...]:
-    """Where the wall time of training went: the sum of every ``time/*``, the mean of every ``perf/*``."""
-    times = {
-        str(c).removeprefix("time/"): float(timing[c].to_numpy().sum()) for c in timing if str(c).startswith("time/")
-    }
-    rates = {
-        str(c).removeprefix("perf/"): float(timing[c].to_numpy().mean()) for c in timing if str(c).startswith("perf/")
-    }
-    return (
-        *(Cost(_spoken(name), duration(seconds)) for name, seconds in times.items()),
-        *(Cost(_spoken(name), f"{rate:,.3g} on average") for name, rate in rates.items()),
-    )
+def _chosen_videos(run: Run, summary: Summary, folder: Path) -> tuple[tuple[Pair, ...], dict[str, tuple[Failure, ...]]]:
+    """The pairs of the headline's policies and the failures of its last policy, their videos copied to ``folder``."""
+    evaluated = run.directory / "evaluate"
+    pairs: tuple[Pair, ...] = ()
+    if summary.headline:
+        before, after = summary.headline.before, summary.headline.after
+        pairs = choose_pairs(run.episodes, evaluated, before, after, _MAX_PAIR_BYTES)
+    failures = choose_failures(run.episodes, evaluated, summary.judged, FAILURES_PER_KIND, _MAX_FAILURE_BYTES)
+    sides = [side for pair in pairs for side in (pair.before, pair.after)]
+    sides += [failure.side for of_kind in failures.values() for failure in of_kind]
+    if sides:
+        folder.mkdir()
+    for side in sides:
+        shutil.copyfile(side.video, folder / side.video.name)
+    return pairs, failures
 
 
 def percent(rate: float) -> str:
@@ -146,20 +144,6 @@ def points(change: float) -> str:
 def p_value(p: float) -> str:
     """0.0312 -> '0.031', 8.1e-7 -> '8.1e-07'."""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
-
-
-def duration(seconds: float) -> str:
-    """75.2 -> '1 min 15 s'."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _spoken(name: str) -> str:
-    """'env/simulate_steps' -> 'env: simulate steps'."""
-    return name.replace("/", ": ").replace("_", " ")
 
 
 def _facts(run: Run, experiment: str) -> dict[str, object]:
@@ -189,8 +173,9 @@ def _environment() -> Environment:
         "p_value": p_value,
         "duration": duration,
         "policy": lambda name: POLICY_LABELS.get(name, name),
-        "suite": lambda name: SUITE_LABELS.get(name, name),
+        "suite": suite_label,
         "split": lambda name: SPLIT_LABELS.get(name, name),
+        "plain": lambda value: "–" if value is None else json.dumps(value).strip('"'),
         "inline": plots.inline,
         "data_uri": _data_uri,
     }
@@ -199,14 +184,6 @@ def _environment() -> Environment:
 
 def _data_uri(video: Path) -> str:
     return f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
-
-
-def _copy_videos(pairs: tuple[Pair, ...], folder: Path) -> None:
-    if pairs:
-        folder.mkdir()
-    for pair in pairs:
-        for side in (pair.before, pair.after):
-            shutil.copyfile(side.video, folder / side.video.name)
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

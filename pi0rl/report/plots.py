@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,11 @@ _STYLE: dict[RcKeyType, Any] = {
     "ytick.labelcolor": MUTED,
     "legend.frameon": False,
 }
-_ON_WHITE: dict[RcKeyType, Any] = {**_STYLE, "savefig.facecolor": "white"}
+ON_WHITE: dict[RcKeyType, Any] = {**_STYLE, "savefig.facecolor": "white"}
 _SIZE = (3.6, 2.4)  # inches
+
+# The metrics of one run, imitation and training.
+Tables = tuple[pd.DataFrame, ...]
 
 
 @dataclass(frozen=True)
@@ -92,37 +96,40 @@ class Chart:
     description: str
 
 
-def learning_charts(*tables: pd.DataFrame) -> tuple[Chart, ...]:
-    """One chart per panel of which a table holds at least one value."""
+def learning_charts(runs: Sequence[Tables]) -> tuple[Chart, ...]:
+    """One chart per panel of which a table of a run holds at least one value.
+
+    Several runs are several seeds: the chart shows their mean, each of them, and the band between the extremes.
+    """
     charts = []
-    for panel, curve in _curves(tables):
+    for panel, curves in _curves(runs):
         with mpl.rc_context(_STYLE):
             figure = Figure(figsize=_SIZE, layout="constrained")
-            _draw_curve(figure.subplots(), curve, panel)
-            charts.append(Chart(_svg(figure, panel.metric), _describe(curve, panel)))
+            _draw(figure.subplots(), curves, panel)
+            charts.append(Chart(to_svg(figure, panel.metric), _describe(curves, panel)))
     return tuple(charts)
 
 
-def learning_overview(*tables: pd.DataFrame) -> Chart | None:
+def learning_overview(runs: Sequence[Tables]) -> Chart | None:
     """All these panels in one picture; None without any."""
-    curves = _curves(tables)
+    curves = _curves(runs)
     if not curves:
         return None
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    with mpl.rc_context(_ON_WHITE):
+    with mpl.rc_context(ON_WHITE):
         figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axis, (panel, curve) in zip(axes, curves, strict=False):
-            _draw_curve(axis, curve, panel)
+        for axis, (panel, of_panel) in zip(axes, curves, strict=False):
+            _draw(axis, of_panel, panel)
         for axis in axes[len(curves) :]:
             axis.set_axis_off()
-        return Chart(_svg(figure, "overview"), " ".join(_describe(curve, panel) for panel, curve in curves))
+        return Chart(to_svg(figure, "overview"), " ".join(_describe(of_panel, panel) for panel, of_panel in curves))
 
 
 def task_chart(tasks: tuple[TaskResult, ...], policies: tuple[str, ...]) -> Chart:
     """Success of every policy on every task, one line per task."""
-    with mpl.rc_context({**_ON_WHITE, "axes.grid.axis": "x"}):
+    with mpl.rc_context({**ON_WHITE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(7.6, 0.9 + 0.33 * len(tasks)), layout="constrained")
         axis: Axes = figure.subplots()
         rows = np.arange(len(tasks))
@@ -137,7 +144,7 @@ def task_chart(tasks: tuple[TaskResult, ...], policies: tuple[str, ...]) -> Char
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.spines["left"].set_visible(False)
         figure.legend(loc="outside upper right", ncols=len(policies))
-        return Chart(_svg(figure, "tasks"), "Success rate of every policy on every task.")
+        return Chart(to_svg(figure, "tasks"), "Success rate of every policy on every task.")
 
 
 def inline(chart: Chart) -> str:
@@ -154,23 +161,31 @@ def inline(chart: Chart) -> str:
     return re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text, count=1)
 
 
-def _curves(tables: tuple[pd.DataFrame, ...]) -> list[tuple[Panel, pd.DataFrame]]:
-    """Every panel that can be drawn, with its two columns and the rows that hold a value."""
-    curves = []
+def _curves(runs: Sequence[Tables]) -> list[tuple[Panel, list[pd.Series]]]:
+    """Every panel that can be drawn, with one curve per run: values by step."""
+    drawn = []
     for panel in PANELS:
-        for table in tables:
-            if {panel.step, panel.metric} <= set(table.columns):
-                curve = table.loc[:, [panel.step, panel.metric]].dropna()
-                if len(curve):
-                    curves.append((panel, curve))
-    return curves
+        tables = [t for tables in runs for t in tables if {panel.step, panel.metric} <= set(t.columns)]
+        rows = [table.loc[:, [panel.step, panel.metric]].dropna() for table in tables]
+        curves = [pd.Series(r[panel.metric].to_numpy(), index=r[panel.step].to_numpy()) for r in rows if len(r)]
+        if curves:
+            drawn.append((panel, curves))
+    return drawn
 
 
-def _draw_curve(axis: Axes, curve: pd.DataFrame, panel: Panel) -> None:
-    steps, values = curve[panel.step], curve[panel.metric]
-    smooth = values.rolling(panel.window, min_periods=1, center=True).mean()
-    axis.plot(steps, values, color=panel.colour, alpha=0.3, linewidth=1.0)
-    axis.plot(steps, smooth, color=panel.colour, linewidth=1.9, marker="o" if len(curve) < 10 else "", markersize=4)
+def _draw(axis: Axes, curves: list[pd.Series], panel: Panel) -> None:
+    smooth = [pd.Series(curve.rolling(panel.window, min_periods=1, center=True).mean()) for curve in curves]
+    if len(curves) == 1:
+        axis.plot(curves[0].index, curves[0], color=panel.colour, alpha=0.3, linewidth=1.0)
+    else:
+        # Imitation may stop at another step under every seed: the spread is that of the seeds that got there.
+        spread = pd.concat(smooth, axis=1).sort_index()
+        axis.fill_between(spread.index, spread.min(axis=1), spread.max(axis=1), color=panel.colour, alpha=0.16, lw=0)
+        for curve in smooth:
+            axis.plot(curve.index, curve, color=panel.colour, alpha=0.35, linewidth=0.8)
+        smooth = [pd.Series(spread.mean(axis=1))]
+    marker = "o" if len(curves[0]) < 10 else ""
+    axis.plot(smooth[0].index, smooth[0], color=panel.colour, linewidth=1.9, marker=marker, markersize=4)
     axis.set(title=panel.title, xlabel=panel.step)
     axis.tick_params(length=0, which="both")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -183,12 +198,17 @@ def _draw_curve(axis: Axes, curve: pd.DataFrame, panel: Panel) -> None:
         axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
 
 
-def _describe(curve: pd.DataFrame, panel: Panel) -> str:
-    steps, values = curve[panel.step].to_numpy(), curve[panel.metric].to_numpy()
-    return f"{panel.title}: {values[0]:.3g} at {panel.step} {steps[0]}, {values[-1]:.3g} at {panel.step} {steps[-1]}."
+def _describe(curves: list[pd.Series], panel: Panel) -> str:
+    steps = [curves[0].index[position] for position in (0, -1)]
+    ends = [[curve.iloc[position] for curve in curves] for position in (0, -1)]
+    first, last = (
+        f"{values[0]:.3g}" if len(values) == 1 else f"{min(values):.3g} to {max(values):.3g}" for values in ends
+    )
+    seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
+    return f"{panel.title}{seeds}: {first} at {panel.step} {steps[0]}, {last} at {panel.step} {steps[1]}."
 
 
-def _svg(figure: Figure, name: str) -> str:
+def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     # The salt and the missing date make equal figures equal bytes; a salt per chart keeps ids apart in one page.
     with mpl.rc_context({"svg.hashsalt": name}):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 
-from pi0rl.evaluation.statistics import bootstrap_mean, compare, episodes_to_separate, wilson_interval
+from pi0rl.evaluation.protocols import Protocol
+from pi0rl.evaluation.statistics import bootstrap_mean, compare, episodes_to_separate, holm, wilson_interval
 
 POLICY_LABELS = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO"}
 SUITE_LABELS = {  # in the order of the published table
@@ -17,13 +21,22 @@ SUITE_LABELS = {  # in the order of the published table
     "libero_90": "90",
 }
 SPLIT_LABELS = {"held_out": "held-out init states", "official": "official init states"}
+FAILURE_KINDS: dict[str, str] = {
+    "never grasped": "no object of the goal was ever lifted",
+    "wrong object": "only an object that the goal is not about was lifted",
+    "dropped": "an object of the goal was lifted, and let go elsewhere",
+    "timeout": "the time was up with the object in the gripper, or with a door, drawer or knob left to move",
+}
 ALL_SUITES = "all"
 BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """`k` of `n` episodes of a suite were a success at some step (`k_at_end`: still one at the last step)."""
+    """`k` of `n` episodes of a suite were a success at some step (`k_at_end`: still one at the last step).
+
+    `errors` more ended without an outcome. `failures`: kind -> episodes.
+    """
 
     policy: str
     split: str
@@ -32,6 +45,8 @@ class SuiteResult:
     n: int
     wilson: tuple[float, float]
     k_at_end: int
+    errors: int
+    failures: dict[str, int]
 
     @property
     def rate(self) -> float:
@@ -40,7 +55,7 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class MeanResult:
-    """Mean of a policy's suite success rates, with the interval of a bootstrap over tasks and episodes."""
+    """Mean of a policy's suite success rates, with the interval of a bootstrap over tasks, seeds and episodes."""
 
     policy: str
     split: str
@@ -55,6 +70,7 @@ class Comparison:
     Attributes:
         change: difference of the success rates over these episodes, in [-1, 1].
         gained, lost, mcnemar_p: see `pi0rl.evaluation.statistics.PairedTest`.
+        holm_p: mcnemar_p adjusted for all single-suite comparisons of the report; that of ``all`` stands alone.
         episodes_needed: paired episodes that would show this difference with 80 % power; None where there is none.
     """
 
@@ -67,6 +83,7 @@ class Comparison:
     lost: int
     n: int
     mcnemar_p: float
+    holm_p: float
     episodes_needed: int | None
 
     @property
@@ -128,13 +145,35 @@ class Summary:
         return self.comparison(self.policies[1], self.splits[0], ALL_SUITES) if self.trained else None
 
     @property
+    def judged(self) -> str:
+        """The policy that the report is about: the first trained one, or the only one."""
+        return self.policies[1] if self.trained else self.policies[0]
+
+    @property
+    def errors(self) -> int:
+        """Episodes without an outcome, over everything."""
+        return sum(row.errors for row in self.rows)
+
+    def failures(self, policy: str) -> dict[str, int]:
+        """Kind of failure -> episodes of a policy, over all splits and suites."""
+        total: Counter[str] = Counter()
+        for row in self.rows:
+            if row.policy == policy:
+                total.update(row.failures)
+        return {kind: total[kind] for kind in FAILURE_KINDS if total[kind]}
+
+    def episodes(self, policy: str) -> int:
+        """Episodes of a policy that have an outcome."""
+        return sum(row.n for row in self.rows if row.policy == policy)
+
+    @property
     def regressions(self) -> tuple[Comparison, ...]:
         return tuple(c for c in self.comparisons if c.regression and c.suite != ALL_SUITES)
 
 
 def summarise(episodes: pd.DataFrame) -> Summary:
     """All numbers of a complete episode table (see `require_complete`)."""
-    policies = _ordered(episodes["policy"].unique().tolist(), POLICY_LABELS)
+    policies = ordered_policies(episodes)
     splits = _ordered(episodes["split"].unique().tolist(), SPLIT_LABELS)
     suites = _ordered(episodes["suite"].unique().tolist(), SUITE_LABELS)
     tasks = tuple(task for split in splits for suite in suites for task in _tasks(episodes, policies, split, suite))
@@ -145,8 +184,8 @@ def summarise(episodes: pd.DataFrame) -> Summary:
         splits=splits,
         suites=suites,
         rows=rows,
-        means=tuple(_mean_result(rows, tasks, policy, split) for policy, split in keys),
-        comparisons=tuple(
+        means=tuple(_mean_result(episodes, rows, policy, split) for policy, split in keys),
+        comparisons=_adjusted(
             _comparison(episodes, policies[0], after, split, suite)
             for split in splits
             for after in policies[1:]
@@ -154,6 +193,11 @@ def summarise(episodes: pd.DataFrame) -> Summary:
         ),
         tasks=tasks,
     )
+
+
+def ordered_policies(episodes: pd.DataFrame) -> tuple[str, ...]:
+    """The policies of a table, the one that the others started from first."""
+    return _ordered(episodes["policy"].unique().tolist(), POLICY_LABELS)
 
 
 def _ordered(values: list[str], known: dict[str, str]) -> tuple[str, ...]:
@@ -169,19 +213,46 @@ def _select(episodes: pd.DataFrame, **columns: str | int) -> pd.DataFrame:
 
 def _suite_result(episodes: pd.DataFrame, policy: str, split: str, suite: str) -> SuiteResult:
     chosen = _select(episodes, policy=policy, split=split, suite=suite)
-    k, n = int(chosen["success_once"].to_numpy(bool).sum()), len(chosen)
+    judged = _judged(chosen)
+    k, n = int(judged["success_once"].to_numpy(bool).sum()), len(judged)
     return SuiteResult(
-        policy, split, suite, k, n, wilson_interval(k, n), int(chosen["success_at_end"].to_numpy(bool).sum())
+        policy=policy,
+        split=split,
+        suite=suite,
+        k=k,
+        n=n,
+        wilson=wilson_interval(k, n),
+        k_at_end=int(judged["success_at_end"].to_numpy(bool).sum()),
+        errors=len(chosen) - n,
+        failures=dict(sorted(Counter(judged["failure"][judged["failure"] != ""].tolist()).items())),
     )
 
 
-def _mean_result(rows: tuple[SuiteResult, ...], tasks: tuple[TaskResult, ...], policy: str, split: str) -> MeanResult:
+def _judged(episodes: pd.DataFrame) -> pd.DataFrame:
+    """The episodes that have an outcome."""
+    return episodes.loc[episodes["error"] == ""]
+
+
+def _mean_result(episodes: pd.DataFrame, rows: tuple[SuiteResult, ...], policy: str, split: str) -> MeanResult:
+    chosen = _judged(_select(episodes, policy=policy, split=split))
     rates = [row.rate for row in rows if (row.policy, row.split) == (policy, split)]
-    successes: dict[str, list[tuple[int, int]]] = {}
-    for task in tasks:
-        if task.split == split:
-            successes.setdefault(task.suite, []).append(task.counts[policy])
-    return MeanResult(policy, split, sum(rates) / len(rates), bootstrap_mean(successes, seed=BOOTSTRAP_SEED))
+    cells = {str(suite): success_counts(of_suite) for suite, of_suite in chosen.groupby("suite", sort=True)}
+    return MeanResult(policy, split, sum(rates) / len(rates), bootstrap_mean(cells, seed=BOOTSTRAP_SEED))
+
+
+def success_counts(episodes: pd.DataFrame) -> np.ndarray:
+    """Successes and episodes of every task under every seed, int [tasks, seeds, 2]."""
+    cells = episodes.groupby(["task_id", "seed"], sort=True)["success_once"].agg(["sum", "count"])
+    tasks, seeds = (cells.index.unique(level) for level in ("task_id", "seed"))
+    return cells.to_numpy(np.int64).reshape(len(tasks), len(seeds), 2)
+
+
+def _adjusted(comparisons: Iterable[Comparison]) -> tuple[Comparison, ...]:
+    """The comparisons with Holm's correction over those of single suites."""
+    comparisons = tuple(comparisons)
+    single = [comparison.mcnemar_p for comparison in comparisons if comparison.suite != ALL_SUITES]
+    adjusted = iter(holm(single).tolist())
+    return tuple(c if c.suite == ALL_SUITES else replace(c, holm_p=next(adjusted)) for c in comparisons)
 
 
 def _comparison(episodes: pd.DataFrame, before: str, after: str, split: str, suite: str) -> Comparison:
@@ -198,12 +269,13 @@ def _comparison(episodes: pd.DataFrame, before: str, after: str, split: str, sui
         lost=test.lost,
         n=test.n,
         mcnemar_p=test.p,
+        holm_p=test.p,
         episodes_needed=episodes_to_separate(test.gained / test.n, test.lost / test.n),
     )
 
 
 def _tasks(episodes: pd.DataFrame, policies: tuple[str, ...], split: str, suite: str) -> list[TaskResult]:
-    chosen = _select(episodes, split=split, suite=suite)
+    chosen = _judged(_select(episodes, split=split, suite=suite))
     tasks = []
     for task_id in sorted(chosen["task_id"].unique().tolist()):
         rows = _select(chosen, task_id=task_id)
@@ -219,3 +291,36 @@ def _tasks(episodes: pd.DataFrame, policies: tuple[str, ...], split: str, suite:
             )
         )
     return tasks
+
+
+def result_lines(summary: Summary, protocol: Protocol) -> list[str]:
+    """The success rates as a Markdown table, a row per policy and split, and what they hold under."""
+    lines = [
+        "| Policy | Init states | " + " | ".join(map(suite_label, summary.suites)) + " | Mean |",
+        "|---|---|" + "---|" * (len(summary.suites) + 1),
+    ]
+    for split in summary.splits:
+        for policy in summary.policies:
+            cells = [_cell(summary.row(policy, split, suite)) for suite in summary.suites]
+            mean = summary.mean(policy, split)
+            low, high = mean.bootstrap
+            cells.append(f"{mean.rate:.1%} [{low:.1%}, {high:.1%}]")
+            lines.append("| " + " | ".join([POLICY_LABELS.get(policy, policy), SPLIT_LABELS[split], *cells]) + " |")
+    lines += ["", f"Protocol {protocol.name} ({protocol.hash}). Suites: successes, 95 % Wilson interval; mean: 95 %"]
+    lines[-1] += " hierarchical bootstrap over tasks, seeds and episodes."
+    if summary.errors:
+        lines.append(f"{summary.errors} episodes ended in an error and are counted in no rate.")
+    return lines
+
+
+def suite_label(suite: str) -> str:
+    """``libero_10`` -> ``Long``, ``libero_object_swap`` -> ``Object, swap``."""
+    base = max((name for name in SUITE_LABELS if suite.startswith(name)), key=len, default=suite)
+    perturbation = suite.removeprefix(base).replace("_", " ")
+    return SUITE_LABELS.get(base, base) + (f",{perturbation}" if perturbation else "")
+
+
+def _cell(row: SuiteResult) -> str:
+    low, high = row.wilson
+    at_end = "" if row.k_at_end == row.k else f", {row.k_at_end} at the end"
+    return f"{row.rate:.1%} ({row.k}/{row.n}{at_end}) [{low:.1%}, {high:.1%}]"

@@ -1,4 +1,4 @@
-"""Which rollouts a report shows."""
+"""Which rollouts a report shows: before and after from the same init state, and failures by kind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pi0rl.errors import UserError
+from pi0rl.evaluation.statistics import EPISODE_KEY
 
 OUTCOMES = {
     (False, True): "gained",
@@ -54,7 +55,7 @@ def choose_pairs(episodes: pd.DataFrame, folder: Path, before: str, after: str, 
         UserError: a video that the table names does not exist.
     """
     recorded = episodes.loc[episodes["video"].fillna("") != ""]
-    sides = [recorded.loc[recorded["policy"] == policy].set_index(["split", "index"]) for policy in (before, after)]
+    sides = [recorded.loc[recorded["policy"] == policy].set_index(EPISODE_KEY) for policy in (before, after)]
     both = sorted(set(sides[0].index) & set(sides[1].index))
     pairs = [_pair(sides[0].loc[[key]], sides[1].loc[[key]], folder) for key in both]
     chosen: list[Pair] = []
@@ -66,6 +67,56 @@ def choose_pairs(episodes: pd.DataFrame, folder: Path, before: str, after: str, 
                 return tuple(chosen)
             chosen.append(pair)
     return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A recorded failure of one policy."""
+
+    kind: str
+    suite: str
+    task_id: int
+    init_state_id: int
+    language: str
+    side: Side
+
+
+def choose_failures(
+    episodes: pd.DataFrame, folder: Path, policy: str, per_kind: int, max_bytes: int
+) -> dict[str, tuple[Failure, ...]]:
+    """Kind -> a few recorded failures of ``policy``, of different tasks where possible; kinds without any are left out.
+
+    Args:
+        per_kind: at most this many of each kind.
+        max_bytes: the videos are together no larger than this.
+
+    Raises:
+        UserError: a video that the table names does not exist.
+    """
+    failed = episodes.query("policy == @policy and failure != '' and video != ''")
+    chosen: dict[str, tuple[Failure, ...]] = {}
+    size = 0
+    for kind, rows in failed.groupby("failure", sort=True):
+        repeated = rows.duplicated(["suite", "task_id"]).to_numpy(bool)
+        for position in [*rows.index[~repeated], *rows.index[repeated]][:per_kind]:
+            failure = _failure(rows.loc[[position]], folder)
+            size += failure.side.video.stat().st_size
+            if size > max_bytes:
+                return chosen
+            chosen[str(kind)] = (*chosen.get(str(kind), ()), failure)
+    return chosen
+
+
+def _failure(rows: pd.DataFrame, folder: Path) -> Failure:
+    row = rows.iloc[0]
+    return Failure(
+        kind=str(row["failure"]),
+        suite=str(row["suite"]),
+        task_id=int(row["task_id"]),
+        init_state_id=int(row["init_state_id"]),
+        language=str(row["language"]),
+        side=_side(rows, folder),
+    )
 
 
 def _pair(before: pd.DataFrame, after: pd.DataFrame, folder: Path) -> Pair:

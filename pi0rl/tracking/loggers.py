@@ -1,4 +1,4 @@
-"""Where metrics go beside the CSV files: MLflow and TensorBoard, behind one small interface.
+"""Where metrics go beside the CSV files: MLflow, TensorBoard, W&B and SwanLab, behind one small interface.
 
 The CSV files are the truth. A logger is handed the whole tables every time and sends what is missing, so a server that
 was away, or a resumed run, leaves neither gaps nor double points.
@@ -6,8 +6,7 @@ was away, or a resumed run, leaves neither gaps nor double points.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from pi0rl.experiment import Experiment
@@ -46,16 +45,19 @@ class Loggers:
 
 
 def open_loggers(experiment: Experiment) -> Loggers:
-    """The loggers that ``runner.logger.logger_backends`` names; says so where pi0rl does not have one."""
-    loggers = []
-    for name in experiment.params.runner.logger.logger_backends:
-        if name not in _LOGGERS:
-            print(
-                f"runner.logger.logger_backends: no {name} logger yet; there are {', '.join(_LOGGERS)}", file=sys.stderr
-            )
-            continue
-        loggers.append(_LOGGERS[name](experiment))
-    return Loggers(loggers)
+    """The loggers that ``runner.logger.logger_backends`` names, each once.
+
+    Raises:
+        UserError: one of them needs a package that is not installed.
+    """
+    names = dict.fromkeys(experiment.params.runner.logger.logger_backends)
+    return Loggers([_LOGGERS[name](experiment) for name in names])
+
+
+def rows_after(tables: Sequence[Table], sent: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Every step after ``sent`` in order, with the values of all tables."""
+    for step in sorted({step for table in tables for step in table if step > sent}):
+        yield step, {name: value for table in tables for name, value in table.get(step, {}).items()}
 
 
 def _mlflow(experiment: Experiment) -> Logger:
@@ -70,4 +72,21 @@ def _tensorboard(experiment: Experiment) -> Logger:
     return TensorboardLogger(experiment)
 
 
-_LOGGERS: dict[str, Callable[[Experiment], Logger]] = {"mlflow": _mlflow, "tensorboard": _tensorboard}
+def _wandb(experiment: Experiment) -> Logger:
+    from pi0rl.tracking.wandb_logger import WandbLogger
+
+    return WandbLogger(experiment)
+
+
+def _swanlab(experiment: Experiment) -> Logger:
+    from pi0rl.tracking.swanlab_logger import SwanlabLogger
+
+    return SwanlabLogger(experiment)
+
+
+_LOGGERS: dict[str, Callable[[Experiment], Logger]] = {
+    "mlflow": _mlflow,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "swanlab": _swanlab,
+}

@@ -9,13 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
+from pi0rl.tracking.alarms import Alarm, Kind, alarms
 from pi0rl.tracking.loggers import Table, open_loggers
+from pi0rl.tracking.terminal import TrainingView
 
 STEP = "iteration"
 
@@ -35,14 +38,15 @@ METRICS: dict[str, str] = {
     "rollout/returns_min": "smallest target of the critic",
     "rollout/returns_max": "largest target of the critic",
     "rollout/returns_std": "standard deviation of the critic's targets",
-    "actor/loss": "what is minimised: policy loss, value loss and entropy bonus",
+    "actor/loss": "what is minimised: policy loss, value loss, entropy bonus and KL to the start",
     "actor/policy_loss": "clipped surrogate loss",
     "actor/policy_loss_abs": "mean absolute value of the clipped surrogate",
     "actor/value_loss": "Huber loss of the critic, clipped where value_clip is set",
     "actor/grad_norm": "gradient norm before clipping",
     "actor/approx_kl": "KL of the old to the updated policy, mean of -log ratio",
     "actor/approx_kl_k3": "the same by the estimator ratio - 1 - log ratio, never negative; target_kl watches it",
-    "actor/ref_kl": "KL to the reference policy",
+    "actor/max_kl": "largest of the minibatches' actor/approx_kl_k3; collapse_kl watches it",
+    "actor/ref_kl": "KL to the policy that training began from, as kl_beta weighs it",
     "actor/pg_clipfrac": "share of ratios outside the clip range",
     "actor/dual_clipfrac": "share of ratios that clip_ratio_c caps",
     "actor/clipped_ratio": "mean ratio after clipping",
@@ -69,18 +73,25 @@ METRICS: dict[str, str] = {
 
 
 class MetricsWriter:
-    """Writes each training iteration to ``train/metrics.csv``, ``train/timing.csv`` and the loggers."""
+    """Writes each training iteration to ``train/metrics.csv``, ``train/timing.csv`` and the loggers, and shows it.
+
+    What is alarming about it is shown too, and kept in ``train/alarms.csv``.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         folder = experiment.stage_dir("train")
         self._metrics = CsvTable(folder / "metrics.csv", columns=tuple(METRICS))
         self._timing = CsvTable(folder / "timing.csv", columns=())
+        self._alarms = AlarmFile(folder / "alarms.csv")
+        self._target_kl = experiment.params.algorithm.target_kl
+        self._view = TrainingView(experiment.params.runner.max_epochs)
         self._loggers = open_loggers(experiment)
 
     def resume(self, done: int) -> None:
         """Keep the rows of the first ``done`` iterations and drop later ones, which will be played again."""
         self._metrics.resume(done)
         self._timing.resume(done)
+        self._alarms.resume(done)
         self._loggers.sync(self._tables())
 
     def write(self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
@@ -90,6 +101,12 @@ class MetricsWriter:
             raise ValueError(f"metrics without an explanation in pi0rl.tracking.metrics.METRICS: {', '.join(unknown)}")
         self._metrics.append(iteration, metrics)
         self._timing.append(iteration, timing)
+        tables = self._tables()
+        found = alarms(iteration, metrics, *tables, self._target_kl)
+        self._alarms.add(found)
+        if found:
+            self._timing.append(iteration, {**timing, "perf/alarms": len(found)})
+        self._view.show(*tables, found)
         self._loggers.sync(self._tables())
 
     def __enter__(self) -> MetricsWriter:
@@ -100,8 +117,42 @@ class MetricsWriter:
     ) -> None:
         self._loggers.close(failed=error is not None)
 
-    def _tables(self) -> tuple[Table, ...]:
+    def _tables(self) -> tuple[Table, Table]:
         return (self._metrics.table(), self._timing.table())
+
+
+class AlarmFile:
+    """``iteration,kind,message`` of every alarm."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._alarms: list[Alarm] = []
+
+    def resume(self, done: int) -> None:
+        """Keep the alarms below iteration ``done``."""
+        self._alarms = [alarm for alarm in read_alarms(self._path) if alarm.iteration < done]
+        self._save()
+
+    def add(self, found: Sequence[Alarm]) -> None:
+        """Add alarms and write the file."""
+        self._alarms += found
+        self._save()
+
+    def _save(self) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([STEP, "kind", "message"])
+        writer.writerows([alarm.iteration, alarm.kind, alarm.message] for alarm in self._alarms)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self._path, text.getvalue())
+
+
+def read_alarms(path: Path) -> list[Alarm]:
+    """The alarms of a training; none without a file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [Alarm(int(row[0]), cast(Kind, row[1]), row[2]) for row in list(csv.reader(file))[1:]]
 
 
 class CsvTable:

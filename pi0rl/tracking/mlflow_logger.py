@@ -26,18 +26,23 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from pi0rl.experiment import Experiment
 from pi0rl.params import params_hash
 from pi0rl.provenance import commit, versions
 from pi0rl.tracking.loggers import Table
+from pi0rl.tracking.results import log_results
 
 for _noisy in ("mlflow", "alembic"):  # they greet every new database with a page of lines
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
+# In a run's folder, and in a sweep's
+RUN_ID = "mlflow_run_id"
+
 _BATCH_METRICS, _BATCH_OTHERS = 1000, 100  # MLflow's limits per request
-_FAILURES = (MlflowException, SQLAlchemyError, OSError)
+FAILURES = (MlflowException, SQLAlchemyError, OSError)
 
 
 @dataclass
@@ -86,6 +91,10 @@ class MlflowLogger:
         add = MlflowClient.log_artifacts if path.is_dir() else MlflowClient.log_artifact
         self._attempt(lambda client: add(client, self._run_id, str(path), folder))
 
+    def add_results(self, results: dict[str, Any], hashes: dict[str, str]) -> None:
+        """Log what the evaluation found, see :mod:`pi0rl.tracking.results`."""
+        self._attempt(lambda client: log_results(client, self._run_id, results, hashes))
+
     def close(self, failed: bool) -> None:
         """Mark an interrupted run; a stage that ended well leaves the run open for the next stage."""
         if failed:
@@ -102,7 +111,7 @@ class MlflowLogger:
                 self._open(client)
                 self._client = client
             action(self._client)
-        except _FAILURES as error:
+        except FAILURES as error:
             if not self._complained:
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 print(f"MLflow at {self._uri} cannot be used, going on without it: {reason}", file=sys.stderr)
@@ -110,8 +119,8 @@ class MlflowLogger:
 
     def _open(self, client: MlflowClient) -> None:
         """Continue the run of the same params, or begin one."""
-        path = self._experiment.run_dir / "mlflow_run_id"
-        run = _find_run(client, path.read_text().strip()) if path.is_file() else None
+        path = self._experiment.run_dir / RUN_ID
+        run = find_run(client, path.read_text().strip()) if path.is_file() else None
         if run is None or run.data.tags.get("pi0rl.params_hash") != params_hash(self._experiment.params):
             self._begin(client)
         else:
@@ -123,14 +132,19 @@ class MlflowLogger:
     def _begin(self, client: MlflowClient) -> None:
         params = self._experiment.params
         run = client.create_run(
-            _experiment_id(client, params.runner.logger.project_name, self._experiment.root),
-            tags=_tags(self._experiment),
+            experiment_id(client, params.runner.logger.project_name, self._experiment.root),
+            tags=_tags(self._experiment) | self._parent(),
             run_name=self._experiment.name,
         )
         self._run_id = run.info.run_id
         self._experiment.run_dir.mkdir(parents=True, exist_ok=True)
-        (self._experiment.run_dir / "mlflow_run_id").write_text(self._run_id + "\n")
+        (self._experiment.run_dir / RUN_ID).write_text(self._run_id + "\n")
         self._log_params(client)
+
+    def _parent(self) -> dict[str, str]:
+        """The run of the sweep that this experiment is a point of, if it is one."""
+        path = self._experiment.run_dir.parent / RUN_ID
+        return {MLFLOW_PARENT_RUN_ID: path.read_text().strip()} if path.is_file() else {}
 
     def _log_params(self, client: MlflowClient) -> None:
         flat = flatten(self._experiment.params.model_dump(mode="json"))
@@ -191,16 +205,18 @@ def _history(client: MlflowClient, run_id: str, table: Table) -> _History:
     return _History(name, points, max(points, default=-1))
 
 
-def _find_run(client: MlflowClient, run_id: str) -> Run | None:
+def find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """The run with this id; None where another tracking server than last time does not know it."""
     try:
         return client.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None  # another tracking server than last time
+            return None
         raise
 
 
-def _experiment_id(client: MlflowClient, name: str, root: Path) -> str:
+def experiment_id(client: MlflowClient, name: str, root: Path) -> str:
+    """The MLflow experiment called ``name``, made where there is none."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id

@@ -24,12 +24,15 @@ def publish(experiment: Experiment) -> None:
     logger = MlflowLogger(experiment)
     results = experiment.report_dir / "results.json"
     tables = [
-        _table(experiment.run_dir / name) for name in ("sft/metrics.csv", "train/metrics.csv", "train/timing.csv")
+        _table(experiment.stage_dir(stage) / name)
+        for stage, name in (("sft", "metrics.csv"), ("train", "metrics.csv"), ("train", "timing.csv"))
     ]
     logger.sync([*tables, {0: evaluation_metrics(json.loads(results.read_text())["rows"])}])
-    logger.describe({f"dvc.{stage}": digest for stage, digest in dvc_hashes(experiment).items()})
+    hashes = dvc_hashes(experiment)
+    logger.describe({f"dvc.{stage}": digest for stage, digest in hashes.items()})
     logger.add_artifact(experiment.run_dir / "params.yaml")
     logger.add_artifact(experiment.report_dir, "report")
+    logger.add_results(json.loads(results.read_text()), hashes)
     logger.finish()
 
 
@@ -42,17 +45,23 @@ def evaluation_metrics(rows: Sequence[dict[str, object]]) -> dict[str, float]:
 
 
 def dvc_hashes(experiment: Experiment) -> dict[str, str]:
-    """stage -> hash of its output folder in DVC's cache, as dvc.lock records it; empty before DVC ran a stage."""
+    """stage -> hash of its folder in DVC's cache, as dvc.lock records it; empty before DVC ran a stage.
+
+    Stages that points of a sweep share stand in dvc.lock as what the point's own stages read.
+    """
     lock = experiment.dvc_file.with_suffix(".lock")
     if not lock.is_file():
         return {}
-    stages = yaml.safe_load(lock.read_text())["stages"]
-    return {
-        stage: out["md5"]
-        for stage, entry in stages.items()
-        for out in entry.get("outs", [])
-        if Path(out["path"]).name == stage and "md5" in out
+    entries = yaml.safe_load(lock.read_text())["stages"].values()
+    recorded = {
+        path["path"]: path["md5"]
+        for entry in entries
+        for path in (*entry.get("deps", []), *entry.get("outs", []))
+        if "md5" in path
     }
+    folders = {stage: experiment.stage_dir(stage) for stage in ("demos", "sft", "train", "evaluate")}
+    paths = {stage: str(folder.relative_to(experiment.root)) for stage, folder in folders.items()}
+    return {stage: recorded[path] for stage, path in paths.items() if path in recorded}
 
 
 def _table(path: Path) -> Table:

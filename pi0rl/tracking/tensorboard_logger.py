@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch.utils.tensorboard import SummaryWriter
 
 from pi0rl.experiment import Experiment
-from pi0rl.tracking.loggers import Table
+from pi0rl.tracking.loggers import Table, rows_after
 
 
 class TensorboardLogger:
@@ -22,12 +22,10 @@ class TensorboardLogger:
 
     def sync(self, tables: Sequence[Table]) -> None:
         """Write the rows after the last written step."""
-        steps = sorted({step for table in tables for step in table if step > self._sent})
-        for step in steps:
-            for table in tables:
-                for name, value in table.get(step, {}).items():
-                    self._writer.add_scalar(name, value, step)
-        self._sent = max(steps, default=self._sent)
+        for step, values in rows_after(tables, self._sent):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._sent = step
         self._writer.flush()
 
     def close(self, failed: bool) -> None:

@@ -1,0 +1,182 @@
+"""The one evaluator: a policy plays the plans of an exam, and every finished episode becomes a row of the journal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol as Interface
+
+from pi0rl.evaluation.journal import Journal
+from pi0rl.evaluation.protocols import Protocol, experiment_protocol
+from pi0rl.evaluation.table import Row, episode_row
+from pi0rl.libero.plan import Episode, Split, evaluation_plan
+from pi0rl.libero.slots import EpisodeResult, SlotConfig
+from pi0rl.libero.video import VideoConfig, write_video
+from pi0rl.params import Params
+from pi0rl.progress import Progress
+
+# Recorded failures per kind and policy, for the gallery of a report.
+FAILURES_PER_KIND = 2
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What is played: every split with every seed is a pass over one plan of the suites."""
+
+    protocol: Protocol
+    suites: tuple[str, ...]
+    splits: tuple[Split, ...]
+    seeds: tuple[int, ...]
+
+    def plan(self, split: Split) -> tuple[Episode, ...]:
+        """The episodes of one pass.
+
+        Raises:
+            UserError: the split has fewer init states than the protocol asks for, or a suite is unknown.
+        """
+        protocol = self.protocol
+        plan = evaluation_plan(self.suites, split, protocol.episodes_per_task, protocol.scene_seed)
+        if protocol.scene_seeds == "one":
+            return plan
+        return tuple(replace(episode, seed=protocol.scene_seed + episode.init_state_id) for episode in plan)
+
+    def planned(self) -> dict[tuple[str, int], int]:
+        """(split, seed) -> number of episodes."""
+        return {(split, seed): len(self.plan(split)) for split in self.splits for seed in self.seeds}
+
+    def slot(self) -> SlotConfig:
+        """How its episodes are played."""
+        protocol = self.protocol
+        return SlotConfig(
+            camera_size=protocol.camera_size,
+            render_profile=protocol.render_profile,
+            settle_steps=protocol.settle_steps,
+            max_episode_steps=None,
+            suite_steps=tuple((suite, protocol.rule(suite).max_steps) for suite in self.suites),
+            after_success=protocol.after_success,
+        )
+
+
+def experiment_exam(params: Params) -> Exam:
+    """The exam that an experiment's policies sit."""
+    evaluation = params.evaluation
+    seeds = tuple(range(evaluation.seed, evaluation.seed + evaluation.num_seeds))
+    splits: tuple[Split, ...] = ("held_out", "official") if evaluation.split == "both" else (evaluation.split,)
+    return Exam(experiment_protocol(params), params.suites, splits, seeds)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Which videos are made: ``episodes`` of every plan, and ``failures_per_kind`` of what fails besides."""
+
+    episodes: frozenset[int] = frozenset()
+    failures_per_kind: int = 0
+    info: bool = True
+
+
+class Play(Interface):
+    """Plays rows of a plan with the policy's noise of ``seed``, and hands over results as episodes finish."""
+
+    def __call__(
+        self,
+        rows: Sequence[Episode],
+        seed: int,
+        record: frozenset[int],
+        on_results: Callable[[Sequence[EpisodeResult]], None],
+    ) -> None: ...
+
+
+def examine(
+    exam: Exam,
+    policy: str,
+    open_play: Callable[[int], AbstractContextManager[Play]],
+    journal: Journal,
+    recording: Recording,
+) -> None:
+    """Bring the journal to where it holds every episode of ``exam`` for ``policy``.
+
+    Args:
+        exam: what to play.
+        policy: its name in the table.
+        open_play: replan steps -> what plays with them; opened only where episodes are missing.
+        journal: finished episodes are taken from it and added to it.
+        recording: which videos to make.
+    """
+    _Examination(exam, policy, journal, recording).run(open_play)
+
+
+class _Examination:
+    """One policy's way through an exam."""
+
+    def __init__(self, exam: Exam, policy: str, journal: Journal, recording: Recording) -> None:
+        self._exam, self._policy, self._journal, self._recording = exam, policy, journal, recording
+        self._plans = {(split, seed): exam.plan(split) for split in exam.splits for seed in exam.seeds}
+        self._done = {(row["split"], row["seed"], row["index"]) for row in self._rows()}
+        self._progress = Progress(f"evaluate {policy}", sum(map(len, self._plans.values())), "episode", len(self._done))
+
+    def run(self, open_play: Callable[[int], AbstractContextManager[Play]]) -> None:
+        rules = {suite: self._exam.protocol.rule(suite) for suite in self._exam.suites}
+        for replan_steps in sorted({rule.replan_steps for rule in rules.values()}):
+            suites = {suite for suite, rule in rules.items() if rule.replan_steps == replan_steps}
+            missing = {
+                (split, seed): [
+                    row for row in plan if row.suite in suites and (split, seed, row.index) not in self._done
+                ]
+                for (split, seed), plan in self._plans.items()
+            }
+            if not any(missing.values()) and not self._failures(suites):
+                continue
+            with open_play(replan_steps) as play:
+                for (split, seed), rows in missing.items():
+                    self._play(play, split, seed, rows, self._recording.episodes)
+                self._record_failures(play, self._failures(suites))
+
+    def _rows(self) -> list[Row]:
+        return self._journal.rows(self._policy)
+
+    def _play(self, play: Play, split: str, seed: int, rows: Sequence[Episode], record: frozenset[int]) -> None:
+        if not rows:
+            return
+        episodes = {row.index: row for row in rows}
+
+        def on_results(results: Sequence[EpisodeResult]) -> None:
+            before = len(self._done)
+            for result in results:
+                self._add(seed, episodes[result.index], result)
+                self._done.add((split, seed, result.index))
+            if len(self._done) > before:  # not where failures are only recorded
+                successes = sum(row["success_once"] for row in self._rows())
+                self._progress.update(len(self._done), f"{successes}/{len(self._done)} successful")
+
+        play(rows, seed, record, on_results)
+
+    def _add(self, seed: int, episode: Episode, result: EpisodeResult) -> None:
+        video = ""
+        if result.footage is not None:
+            name = f"{self._policy}_{episode.suite}_{episode.task_id}_{episode.split}_{episode.init_state_id}_{seed}"
+            video = f"videos/{name}.mp4"
+            (self._journal.folder / "videos").mkdir(exist_ok=True)
+            protocol = self._exam.protocol
+            config = VideoConfig(protocol.camera_size, protocol.render_profile, info=self._recording.info)
+            write_video(self._journal.folder / video, result, episode, config)
+        self._journal.add(episode_row(self._policy, self._exam.protocol.hash, seed, episode, result, video))
+
+    def _failures(self, suites: set[str]) -> list[Row]:
+        """Failed episodes of ``suites`` that are still to be recorded, so that every kind is shown often enough."""
+        rows = sorted(self._rows(), key=lambda row: (row["init_state_id"], row["split"], row["seed"], row["index"]))
+        failed = [row for row in rows if row["failure"] and row["suite"] in suites]
+        shown = Counter(row["failure"] for row in failed if row["video"])
+        chosen = []
+        for row in failed:
+            if not row["video"] and shown[row["failure"]] < self._recording.failures_per_kind:
+                shown[row["failure"]] += 1
+                chosen.append(row)
+        return chosen
+
+    def _record_failures(self, play: Play, failed: list[Row]) -> None:
+        """Play them again with a camera: the noise is keyed by episode, so they take the same course."""
+        for (split, seed), plan in self._plans.items():
+            indices = frozenset(row["index"] for row in failed if (row["split"], row["seed"]) == (split, seed))
+            self._play(play, split, seed, [plan[index] for index in sorted(indices)], indices)

@@ -1,0 +1,74 @@
+"""Charts of a sweep: what each axis does on average, and every point as a line through its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from pi0rl.report.plots import GRID, MUTED, ON_WHITE, TRAINED, Chart, to_svg
+
+
+def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
+    """Success after training at every level of every axis: each point as a dot, the mean over the others as a line."""
+    axes = _varied(table, axes)
+    if not axes:
+        return None
+    with mpl.rc_context(ON_WHITE):
+        figure = Figure(figsize=(max(3.6, 2.6 * len(axes)), 2.8), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(axes), sharey=True))
+        words = []
+        for panel, axis in zip(panels, axes, strict=True):
+            labels = list(dict.fromkeys(table[axis].astype(str)))
+            positions = table[axis].astype(str).map(labels.index)
+            means = [float(table.loc[positions == index, "after"].mean()) for index in range(len(labels))]
+            panel.scatter(positions, table["after"], s=22, color=MUTED, alpha=0.6)
+            panel.plot(range(len(labels)), means, color=TRAINED, marker="o", linewidth=1.9)
+            panel.set_xticks(range(len(labels)), labels)
+            panel.set(title=axis, xlim=(-0.4, len(labels) - 0.6), ylim=(0, 1))
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+            means_in_words = ", ".join(f"{label} {100 * mean:.0f} %" for label, mean in zip(labels, means, strict=True))
+            words.append(f"{axis}: {means_in_words}")
+        return Chart(to_svg(figure, "effects"), f"Mean success after training by axis. {'; '.join(words)}.")
+
+
+def parallel_coordinates(table: pd.DataFrame, axes: list[str]) -> Chart | None:
+    """Every point as a line through its value on each axis to its success, the better the stronger."""
+    axes = _varied(table, [*axes, "seed"])
+    if len(axes) < 2:
+        return None
+    with mpl.rc_context(ON_WHITE):
+        figure = Figure(figsize=(7.6, 3.0), layout="constrained")
+        panel = figure.subplots()
+        heights = [_heights(table[axis].tolist()) for axis in axes]
+        lines = np.column_stack([*heights, table["after"].to_numpy(float)])
+        for line in lines:
+            panel.plot(range(len(line)), line, color=TRAINED, alpha=0.15 + 0.8 * float(line[-1]), linewidth=1.6)
+        panel.vlines(range(len(axes) + 1), 0, 1, color=GRID)
+        for column, axis in enumerate(axes):
+            for value, height in zip(table[axis], heights[column], strict=True):
+                panel.annotate(
+                    str(value), (column, height), fontsize=8, color=MUTED, xytext=(4, 2), textcoords="offset points"
+                )
+        panel.set_xticks(range(len(axes) + 1), [*axes, "success"])
+        panel.set(ylim=(-0.05, 1.05), yticks=[])
+        return Chart(to_svg(figure, "parallel"), "Every point as a line through its values to its success.")
+
+
+def _varied(table: pd.DataFrame, axes: list[str]) -> list[str]:
+    """Those of ``axes`` with more than one value."""
+    return [axis for axis in axes if axis in table and len(set(table[axis].astype(str))) > 1]
+
+
+def _heights(values: list[Any]) -> np.ndarray:
+    """Where values lie between 0 and 1: numbers by size, names in the order they appear."""
+    if all(isinstance(value, int | float) for value in values):
+        numbers = np.asarray(values, float)
+    else:
+        names = list(dict.fromkeys(map(str, values)))
+        numbers = np.asarray([names.index(str(value)) for value in values], float)
+    return (numbers - numbers.min()) / (numbers.max() - numbers.min())

@@ -1,0 +1,224 @@
+"""Protocols are exams with a hash; an evaluation killed anywhere ends in the same table; outcomes are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pi0rl.cli import main
+from pi0rl.errors import UserError
+from pi0rl.evaluation.completeness import EPISODE_COLUMNS, require_complete
+from pi0rl.evaluation.evaluator import Exam, Play, Recording, examine, experiment_exam
+from pi0rl.evaluation.journal import Journal
+from pi0rl.evaluation.protocols import DEFAULT, LEROBOT, OPENPI, PROTOCOLS, RLINF, protocol_named
+from pi0rl.evaluation.table import episode_table
+from pi0rl.libero.failures import failure_kind
+from pi0rl.libero.plan import Episode
+from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.slots import EpisodeResult, SlotConfig, Slots
+from pi0rl.libero.suites import official_init_states, task
+from pi0rl.params import load_params
+
+SMALL = protocol_named(
+    "default",
+    ("episodes_per_task=4", "max_steps=8", "replan_steps=4", "camera_size=32", "render_profile=fast", "settle_steps=0"),
+)
+
+
+class OneTask(Exam):
+    """An exam of the suite's first task alone."""
+
+    def plan(self, split):
+        return super().plan(split)[: self.protocol.episodes_per_task]
+
+
+NO_VIDEOS = Recording()
+EXAM = OneTask(SMALL, ("libero_object",), ("official", "held_out"), (0, 1))
+
+
+@contextmanager
+def open_slots(slot: SlotConfig, interrupt_after: int = 10**9) -> Iterator[Play]:
+    """Real slots and a policy of noise keyed by seed, episode and chunk; Ctrl-C after some episodes."""
+    slots = Slots(2, slot)
+    finished = 0
+
+    def play(
+        rows: Sequence[Episode],
+        seed: int,
+        record: frozenset[int],
+        on_results: Callable[[Sequence[EpisodeResult]], None],
+    ) -> None:
+        nonlocal finished
+        look = slots.start(rows, record)
+        while look.running:
+            keys = zip(look.episode, look.chunk, strict=True)
+            generators = [np.random.default_rng([seed, max(int(episode), 0), int(chunk)]) for episode, chunk in keys]
+            known = len(slots.results)
+            look = slots.step(np.stack([generator.uniform(-1, 1, (4, 7)) for generator in generators]))
+            on_results(slots.results[known:])
+            finished += len(slots.results) - known
+            if finished >= interrupt_after:
+                raise KeyboardInterrupt
+
+    yield play
+
+
+def _examined(folder: Path, recording: Recording = NO_VIDEOS, **kills: int) -> pd.DataFrame:
+    journal = Journal(folder, "the same")
+    examine(EXAM, "noise", lambda replan_steps: open_slots(EXAM.slot(), **kills), journal, recording)
+    return episode_table(journal.rows("noise"), ["noise"])
+
+
+def test_a_killed_evaluation_ends_in_the_same_table(tmp_path: Path) -> None:
+    whole = _examined(tmp_path / "whole")
+    require_complete(whole, EXAM.planned())
+    assert len(whole) == 16
+    assert set(EPISODE_COLUMNS) < set(whole.columns)
+    killed = tmp_path / "killed"
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            _examined(killed, interrupt_after=3)
+    with (killed / "episodes.jsonl").open("a") as journal:
+        journal.write('{"policy": "noise", "spl')  # the line that a kill cut off
+    resumed = _examined(killed)
+    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"))
+    by_seed = whole[whole["split"] == "official"].groupby("seed")["final_state"].agg(list)
+    assert by_seed[0] != by_seed[1]
+
+
+def test_failures_are_played_again_for_their_videos(tmp_path: Path) -> None:
+    table = _examined(tmp_path / "a", Recording(frozenset({0}), failures_per_kind=6))
+    assert set(table["failure"]) == {"never grasped"}
+    videos = table[table["video"] != ""]
+    assert len(videos) == 6
+    assert all((tmp_path / "a" / video).is_file() for video in videos["video"])
+    plain = _examined(tmp_path / "b")
+    pd.testing.assert_series_equal(table["final_state"], plain["final_state"])
+
+
+def test_a_journal_of_another_evaluation_is_dropped_and_errors_are_tried_again(tmp_path: Path) -> None:
+    row = dict.fromkeys(EPISODE_COLUMNS, "") | {"policy": "sft", "split": "official", "seed": 0, "index": 3}
+    journal = Journal(tmp_path / "parts", "one")
+    journal.add(row | {"index": 4, "error": "the simulation diverged"})
+    journal.add(row)
+    assert len(journal.rows("sft")) == 2
+    assert [kept["index"] for kept in Journal(tmp_path / "parts", "one").rows("sft")] == [3]
+    assert Journal(tmp_path / "parts", "two").rows("sft") == []
+
+
+def test_protocols_differ_where_the_harnesses_do() -> None:
+    limits = {protocol.name: [rule.max_steps for rule in protocol.rules[:4]] for protocol in PROTOCOLS}
+    assert limits == {
+        "default": [220, 280, 300, 520],
+        "openpi": [220, 280, 300, 520],
+        "lerobot": [280, 280, 300, 520],
+        "rlinf": [240, 280, 320, 520],
+    }
+    assert [protocol.settle_steps for protocol in PROTOCOLS] == [10, 10, 10, 15]
+    assert (RLINF.rule("libero_10").replan_steps, RLINF.rule("libero_goal").replan_steps) == (10, 5)
+    assert OPENPI.rule("libero_10_swap") == OPENPI.rule("libero_10")
+    assert len({protocol.hash for protocol in PROTOCOLS}) == 4
+    # A changed preset is a new exam: published hashes must never come to mean something else.
+    assert [protocol.hash for protocol in (DEFAULT, OPENPI, LEROBOT, RLINF)] == [
+        "bbd0eeddfb7f",
+        "64a8705c71a5",
+        "49b4eeeb8430",
+        "b940e1740783",
+    ]
+    seeds = [episode.seed for episode in Exam(LEROBOT, ("libero_object",), ("official",), (0,)).plan("official")]
+    assert seeds[:11] == [*range(1000, 1010), 1000]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("opnpi", (), "--protocol opnpi: unknown, expected default, openpi, lerobot, rlinf"),
+        ("openpi", ("horizon=5",), "--set horizon: no such key of a protocol, expected episodes_per_task"),
+        ("openpi", ("camera_size=big",), "expected a positive whole number"),
+        ("openpi", ("after_success=go",), "expected stop or continue"),
+    ],
+)
+def test_a_bad_protocol_is_one_line(name: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        protocol_named(name, overrides)
+
+
+def test_an_experiment_may_be_judged_on_both_splits_with_several_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(
+        "evaluation: {split: both, num_seeds: 2, episodes_per_task: 3}\nactor: {model: {num_action_chunks: 8}}"
+    )
+    exam = experiment_exam(load_params(path))
+    assert exam.planned() == {(split, seed): 30 for split in ("held_out", "official") for seed in (1000, 1001)}
+    assert exam.protocol.rule("libero_object").replan_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected an experiment (quickstart) or --checkpoint PATH_OR_HUB"),
+        (("quickstart", "--checkpoint", "x"), "quickstart and --checkpoint exclude one another"),
+        (("--checkpoint", "x", "--protocol", "opnpi"), "--protocol opnpi: unknown"),
+        (("--checkpoint", "x", "--suites", "libero_objct"), "did you mean 'libero_object'?"),
+        (("--checkpoint", "x", "--seeds", "1,1"), "--seeds 1,1: expected different whole numbers"),
+        (("--checkpoint", "x", "--set", "episodes_per_task=51"), "init states 0 to 50 asked for"),
+        (("--checkpoint", "x", "--output", "."), "--output .: exists and holds no evaluation"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_changing_the_name_alone_keeps_the_hash() -> None:
+    assert replace(OPENPI, name="ours").hash == OPENPI.hash
+    changed = protocol_named("openpi", ("episodes_per_task=10",))
+    assert changed.hash != OPENPI.hash
+    assert changed.name == "openpi with episodes_per_task=10"
+
+
+@pytest.mark.parametrize(("after_success", "steps"), [("stop", 1), ("continue", 8)])
+def test_success_ends_an_episode_or_is_played_on(
+    after_success: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soup = task("libero_object", 0)
+    simulation = Simulation(soup)
+    simulation.reset(official_init_states(soup)[0])
+    (test,) = simulation.goal
+    state = official_init_states(soup)[0].copy()
+    address = int(simulation.model.body(test.body).jntadr[0])
+    qpos = 1 + int(simulation.model.jnt_qposadr[address])
+    state[qpos : qpos + 3] = simulation.data.site_xpos[test.site]  # the soup begins in the basket
+    monkeypatch.setattr("pi0rl.libero.slots.episode_init_state", lambda episode: state)
+    exam = replace(EXAM, protocol=replace(SMALL, after_success=after_success))
+    with open_slots(exam.slot()) as play:
+        results: list[EpisodeResult] = []
+        play(exam.plan("official")[:1], 0, frozenset(), results.extend)
+    assert [(result.success, result.success_at_end, result.failure) for result in results] == [(True, True, "")]
+    assert results[0].steps == steps
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "missing", "kind"),
+    [
+        ([[0, 0], [0, 0]], [1, 0], [1, 0], "never grasped"),
+        ([[0, 1], [0, 0]], [1, 0], [1, 0], "wrong object"),
+        ([[1, 1], [0, 0]], [1, 0], [1, 0], "dropped"),
+        ([[0, 0], [1, 0]], [1, 0], [1, 0], "timeout"),
+        ([[1, 0], [0, 0]], [1, 1], [0, 1], "never grasped"),  # the first is in place, the second was never touched
+        ([[1, 0], [0, 0]], [1, 0], [0, 0], "timeout"),  # in place, but the drawer is still open
+        ([], [1, 0], [1, 0], "never grasped"),
+    ],
+)
+def test_kinds_of_failure(held: list[list[int]], wanted: list[int], missing: list[int], kind: str) -> None:
+    trace = np.array(held, dtype=bool).reshape(-1, 2)
+    assert failure_kind(trace, np.array(wanted, bool), np.array(missing, bool)) == kind
