@@ -9,23 +9,29 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import StageProgress, show_results
 from pi0rl.errors import UserError
-from pi0rl.experiment import open_experiment
+from pi0rl.experiment import Experiment, freeze, open_experiment
 from pi0rl.processes import Interrupted, raise_on_signals, run_child
 
 ERROR = "pi0rl: error: "
 BIN = Path(sys.executable).parent
 
+Watch = Callable[[str], None]
+
 
 class StageOutput:
     """Shows a stage's lines as they come and keeps back the one that says why it failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str, watchers: Sequence[Watch]) -> None:
+        self._prefix = prefix
+        self._watchers = watchers
         self.error: str | None = None
         self.skipped = False
 
@@ -38,7 +44,9 @@ class StageOutput:
         elif line.endswith("didn't change, skipping"):
             self.skipped = True
         elif not line.startswith(_CHATTER) and line:
-            print(f"    {line}", flush=True)
+            print(f"{self._prefix}    {line}", flush=True)
+            for watch in self._watchers:
+                watch(line)
 
 
 # What DVC says around the stage's own lines
@@ -57,9 +65,12 @@ _CHATTER = (
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage}", persist_result=False)
-def run_stage(stage: str, address: str, root: Path) -> str:
-    """Bring one stage up to date; returns what happened in words. Raises UserError with the stage's own message."""
-    output = StageOutput()
+def run_stage(stage: str, address: str, root: Path, prefix: str = "", watch: Watch | None = None) -> str:
+    """Bring one stage up to date; returns what happened in words. Raises UserError with the stage's own message.
+
+    ``prefix`` begins every line; ``watch`` is called after each line of the stage, and what it raises ends the stage.
+    """
+    output = StageOutput(prefix, [StageProgress(stage), *([watch] if watch else [])])
     started = time.monotonic()
     code = run_child(
         [str(BIN / "dvc"), "repro", "--single-item", address],
@@ -76,13 +87,20 @@ def run_stage(stage: str, address: str, root: Path) -> str:
 @flow(name="libero-experiment", flow_run_name="{name}", persist_result=False, validate_parameters=False)
 def libero_experiment(name: str, overrides: tuple[str, ...] = (), output: str | None = None) -> str:
     """Run an experiment's stages; those that are up to date are skipped. Returns the report's folder."""
-    experiment = open_experiment(name, overrides, output)
-    stages = experiment.stages
-    for number, stage in enumerate(stages, start=1):
-        heading = f"[{number}/{len(stages)}] {stage}"
-        print(heading, flush=True)
-        print(f"{heading}: {run_stage(stage, experiment.address(stage), experiment.root)}", flush=True)
+    experiment = open_experiment(name, tuple(overrides), output)
+    freeze(experiment)
+    run_stages(experiment)
     return str(experiment.report_dir)
+
+
+def run_stages(experiment: Experiment, prefix: str = "", watch: Watch | None = None) -> None:
+    """One task per stage, in order; ``prefix`` begins the lines that name them."""
+    for number, stage in enumerate(experiment.stages, start=1):
+        heading = f"{prefix}[{number}/{len(experiment.stages)}] {stage}"
+        print(heading, flush=True)
+        outcome = run_stage(stage, experiment.address(stage), experiment.root, prefix, watch)
+        print(f"{heading}: {outcome}", flush=True)
+    show_results(experiment)
 
 
 def main(arguments: list[str]) -> int:

@@ -9,15 +9,17 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 
 from pi0rl import __version__
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment, open_experiment, resolve
+from pi0rl.experiment import Experiment, freeze, open_experiment, project_root, resolve
 from pi0rl.files import replace_text
 from pi0rl.processes import Interrupted, die_with_parent, raise_on_signals, run_child, stop_descendants
 
@@ -38,7 +40,10 @@ EXAMPLES = """examples:
   pi0rl run runs/again                            go on with a frozen experiment
   pi0rl run libero_10_ppo_openpi                  a full-size experiment of params/
   pi0rl train quickstart                          one stage, up to date or not
+  pi0rl evaluate --checkpoint org/name@main --suites libero_10 --protocol openpi
+  pi0rl sweep quickstart --list                   the points of a sweep; without --list they run
   pi0rl status quickstart                         which stages are up to date
+  pi0rl plan libero_10_ppo_openpi                 the memory it will take, and what would make it fit
   pi0rl doctor                                    check this machine
 """
 
@@ -64,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _COMMANDS[options.command](options) or 0
     except UserError as error:
         return _fail(str(error))
-    except Interrupted as interruption:
+    except KeyboardInterrupt as interruption:  # Ray's waiting makes a plain one of our Interrupted
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 128 + interruption.signum
+        return 128 + getattr(interruption, "signum", signal.SIGINT)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -93,27 +98,126 @@ def _parser() -> argparse.ArgumentParser:
     descriptions["status"] = "which stages are up to date, and why others are not"
     for name, description in descriptions.items():
         command = commands.add_parser(name, help=description, description=description.capitalize() + ".")
-        command.add_argument("experiment", help="a name in params/ (quickstart), a params file, or a folder of runs/")
         command.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override a param, e.g. --set seed=1; may be repeated",
+            "experiment",
+            nargs="?" if name == "evaluate" else None,  # or --checkpoint
+            help="a name in params/ (quickstart), a params file, or a folder of runs/",
         )
+        _add_overrides(command)
         command.add_argument("--output", metavar="DIR", help="run folder below runs/; the report goes to reports/")
+        if name == "evaluate":
+            _add_checkpoint_options(command)
+    sweep = commands.add_parser("sweep", help="every point of a sweep in params/sweeps/, then their comparison")
+    sweep.add_argument("sweep", help="a name in params/sweeps/ (quickstart)")
+    sweep.add_argument("--list", action="store_true", help="only list the points")
+    _add_overrides(sweep)
+    for name, description in (
+        ("restore", "bring back the checkpoints that an MLflow run recorded, from DVC's cache or its remote"),
+        ("reproduce", "run an MLflow run's experiment again and compare it to the bit"),
+    ):
+        command = commands.add_parser(name, help=description, description=description.capitalize() + ".")
+        command.add_argument("run", help="id or name of the MLflow run")
+        if name == "restore":
+            command.add_argument("--output", metavar="DIR", help="the folder to make (default: runs/restored/<run id>)")
+    _checkpoint_parser(commands)
+    plan = commands.add_parser("plan", help="the memory a training will take per device, and what would make it fit")
+    plan.add_argument("experiment", help="a name in params/ (libero_10_ppo_openpi) or a params file")
+    _add_overrides(plan)
+    plan.add_argument("--gpus", type=int, help="of the machine (default: this one's, or as many as the params name)")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each (default: this machine's, or 80)")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="main memory (default: this machine's, or 1000)")
     commands.add_parser("doctor", help="check this machine: versions, rendering, simulator, disk, memory")
     return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a param, e.g. --set seed=1; may be repeated",
+    )
+
+
+def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "instead of an experiment, any checkpoint",
+        "openpi's, LeRobot's, RLinf's or our own; --set then changes the protocol, e.g. --set episodes_per_task=10",
+    )
+    group.add_argument("--checkpoint", metavar="PATH_OR_HUB", help="a folder, or a hub id org/name@revision")
+    group.add_argument("--suites", metavar="A,B", default="libero_spatial,libero_object,libero_goal,libero_10")
+    group.add_argument("--protocol", default="default", help="default, openpi, lerobot or rlinf")
+    group.add_argument("--split", choices=("official", "held_out"), default="official")
+    group.add_argument("--seeds", metavar="0,1", default="0", help="of the policy's noise; each plays the whole plan")
+    group.add_argument("--workers", type=int, help="simulator processes (default: one per core, at most 16)")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.checkpoint is None:
+        if options.experiment is None:
+            raise UserError("evaluate: expected an experiment (quickstart) or --checkpoint PATH_OR_HUB")
+        return _stage(options)
+    if options.experiment is not None:
+        raise UserError(f"evaluate: {options.experiment} and --checkpoint exclude one another; leave one of them out")
+    from pi0rl.stages import evaluate_checkpoint as standalone
+
+    standalone.run(
+        standalone.Request(
+            checkpoint=options.checkpoint,
+            suites=standalone.words(options.suites),
+            protocol=options.protocol,
+            overrides=tuple(options.overrides),
+            split=options.split,
+            seeds=standalone.whole_numbers(options.seeds, "--seeds"),
+            output=Path(options.output or standalone.default_output(options.checkpoint, options.protocol)),
+            workers=options.workers or standalone.default_workers(),
+        )
+    )
+
+
+def _checkpoint_parser(commands: argparse._SubParsersAction) -> None:
+    description = "look at a checkpoint, or convert it: pi0rl, openpi, LeRobot (RLinf's is read)"
+    actions = commands.add_parser("checkpoint", help=description).add_subparsers(dest="action", required=True)
+    inspect = actions.add_parser("inspect", help="layout, variant, sizes, statistics, heads, tokenizer, origin, digest")
+    convert = actions.add_parser("convert", help="write it in another layout")
+    for action in (inspect, convert):
+        action.add_argument("source", help="a folder, org/name@revision, models:/name/version or dvc:REPOSITORY#PATH")
+        action.add_argument("--assets", type=Path, help="folder with norm_stats.json and tokenizer, where it has none")
+    convert.add_argument("target", type=Path, help="a new folder")
+    convert.add_argument("--to", required=True, choices=("pi0rl", "openpi", "lerobot"))
+    convert.add_argument("--verify", action="store_true", help="read it back and compare on a fixed batch")
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    if options.action == "inspect":
+        from pi0rl.policy.inspection import inspect
+
+        lines = inspect(options.source, options.assets)
+    else:
+        from pi0rl.policy.conversion import convert
+
+        lines = convert(options.source, options.target, options.to, options.verify, options.assets)
+    for line in lines:
+        print(line, flush=True)
 
 
 def _opened(options: argparse.Namespace) -> Experiment:
     return open_experiment(options.experiment, tuple(options.overrides), options.output)
 
 
+def _frozen(options: argparse.Namespace) -> Experiment:
+    """The experiment, its params and stages written to its folder; says so where other params lay there."""
+    experiment = _opened(options)
+    if changes := freeze(experiment):
+        print(f"{experiment.reference}: params changed ({', '.join(changes)}); what depends on them runs again")
+    return experiment
+
+
 def _stage(options: argparse.Namespace) -> None:
     """One stage's function, timed; DVC is told of it, so that it counts as done however it was started."""
-    experiment = _opened(options)
+    experiment = _frozen(options)
     resolve(experiment)
     if options.command == "resolve":
         return
@@ -122,10 +226,10 @@ def _stage(options: argparse.Namespace) -> None:
             f"{experiment.name} has no stage {options.command}; its stages are {', '.join(experiment.stages)} "
             "(an experiment with fetch.checkpoint starts from it, without demos and sft)"
         )
-    from pi0rl import stages  # heavy imports only for those who run a stage
+    stage = import_module(f"pi0rl.stages.{options.command}")  # heavy imports only for those who run a stage
 
     started, clock = datetime.now(UTC), time.monotonic()
-    getattr(stages, options.command)(experiment)
+    stage.run(experiment)
     folder = experiment.stage_dir("sft" if options.command == "fetch" else options.command)
     if folder.is_dir():
         timing = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 1)}
@@ -139,18 +243,63 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """The flow in a process of its own, so that even a killed Prefect server or flow leaves nothing behind."""
-    experiment = _opened(options)  # mistakes in params show before Prefect's start
-    command = [sys.executable, "-m", "flows.experiment", experiment.reference]
+    experiment = _frozen(options)  # mistakes in params show before Prefect's start
+    return _flow(experiment.root, "flows.experiment", experiment.reference)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from pi0rl.sweeps import experiments, grid_points, load_sweep
+
+    sweep = load_sweep(options.sweep)
+    points = () if sweep.search else grid_points(sweep)
+    chains = [experiments(options.sweep, sweep, point) for point in points]
+    if options.list:
+        for point in points:
+            print(point.name, *point.overrides, sep="  ")
+        return 0
+    root = chains[0][-1].root if chains else project_root()
+    return _flow(root, "flows.sweep", options.sweep, *options.overrides)
+
+
+def _flow(root: Path, module: str, *arguments: str) -> int:
+    """A flow in a process of its own, so that even a killed Prefect server or flow leaves nothing behind."""
+    home = root / ".prefect"
+    home.mkdir(exist_ok=True)  # a file in the way shows here, not in Prefect's start
     environment = {
-        "PREFECT_HOME": str(experiment.root / ".prefect"),
+        "PREFECT_HOME": str(home),
+        "PREFECT_PLUGINS_ENABLED": "false",  # ours is about the command line
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the stages speak for themselves
         "DO_NOT_TRACK": "1",
     }
-    code = run_child(command, cwd=experiment.root, environment=environment, on_line=None, send=os.kill)
+    command = [sys.executable, "-m", module, *arguments]
+    code = run_child(command, cwd=root, environment=environment, on_line=None, send=os.kill)
     if code in (130, 143):
         raise Interrupted(code - 128)
     return code
+
+
+def _restore(options: argparse.Namespace) -> None:
+    from pi0rl.restore import restore
+
+    print(f"restored to {restore(options.run, options.output)}")
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from pi0rl.restore import compare, differences, repetition
+
+    run, experiment = repetition(options.run)
+    for line in differences(run, experiment.root):
+        print(f"not as it was: {line}", file=sys.stderr)
+    freeze(experiment)
+    if code := _flow(experiment.root, "flows.experiment", experiment.reference):
+        return code
+    stages = compare(run, experiment)
+    for stage in stages:
+        verdict = (
+            "bit-identical" if stage.identical else f"differs: {stage.recorded} then, {stage.repeated or 'nothing'} now"
+        )
+        print(f"{stage.stage}: {verdict}")
+    return 0 if all(stage.identical for stage in stages) else 1
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -159,13 +308,31 @@ def _status(options: argparse.Namespace) -> int:
     return print_status(_opened(options))
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from pi0rl.plan import print_plan
+
+    experiment = open_experiment(options.experiment, tuple(options.overrides))
+    return print_plan(options.experiment, experiment.params, options.gpus, options.gpu_memory, options.memory)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from pi0rl.doctor import examine
 
     return examine()
 
 
-_COMMANDS = {**dict.fromkeys(STAGES, _stage), "run": _run, "status": _status, "doctor": _doctor}
+_COMMANDS = {
+    **dict.fromkeys(STAGES, _stage),
+    "evaluate": _evaluate,
+    "run": _run,
+    "sweep": _sweep,
+    "restore": _restore,
+    "reproduce": _reproduce,
+    "status": _status,
+    "plan": _plan,
+    "doctor": _doctor,
+    "checkpoint": _checkpoint,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

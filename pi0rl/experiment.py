@@ -29,35 +29,38 @@ class Experiment:
     Attributes:
         name: ``quickstart``; for a frozen experiment its folder below ``runs/``.
         params: what to do, validated.
-        params_path: the file the params were read from.
         run_dir: ``runs/<name>``; stage S writes ``run_dir/S``.
         report_dir: ``reports/<name>``.
+        demos_dir: what ``demos`` writes; in a sweep, points share it.
+        sft_dir: what ``sft`` or ``fetch`` writes; in a sweep, points share it.
         dvc_file: the dvc.yaml with this experiment's stages.
+        stages: their names in the order they run.
         root: the project's folder.
     """
 
     name: str
     params: Params
-    params_path: Path
     run_dir: Path
     report_dir: Path
+    demos_dir: Path
+    sft_dir: Path
     dvc_file: Path
+    stages: tuple[str, ...]
     root: Path
 
     def stage_dir(self, stage: str) -> Path:
         """Where ``stage`` (demos, sft, train, evaluate) leaves what later stages need."""
-        return self.run_dir / stage
+        return {"demos": self.demos_dir, "sft": self.sft_dir}.get(stage, self.run_dir / stage)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the stages stand in the run folder rather than in the project's own dvc.yaml."""
+        return self.dvc_file.parent != self.root
 
     @property
     def reference(self) -> str:
         """What to call this experiment on the command line in the project's folder: quickstart, runs/again."""
-        frozen = self.dvc_file.parent != self.root
-        return str(self.run_dir.relative_to(self.root)) if frozen else self.name
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages in the order they run."""
-        return tuple(_read_yaml(self.dvc_file)["stages"])
+        return str(self.run_dir.relative_to(self.root)) if self.frozen else self.name
 
     def address(self, stage: str) -> str:
         """``stage`` as DVC addresses it from the project's folder, e.g. ``runs/again/dvc.yaml:train``."""
@@ -74,7 +77,7 @@ def project_root() -> Path:
 
 
 def open_experiment(name_or_path: str, overrides: tuple[str, ...] = (), output: str | None = None) -> Experiment:
-    """The experiment called ``name_or_path``; freezes it into ``output`` unless it is the project's own.
+    """The experiment called ``name_or_path``; nothing is written, see :func:`freeze`.
 
     Args:
         name_or_path: ``quickstart`` (params/quickstart.yaml), a params file, or the folder of a frozen experiment.
@@ -93,22 +96,26 @@ def open_experiment(name_or_path: str, overrides: tuple[str, ...] = (), output: 
         name = "-".join([frozen_name or source.stem, *map(_slug, overrides)])
     else:
         name = _below_runs(root, output)
-    experiment = Experiment(
-        name=name,
-        params=params,
-        params_path=source,
-        run_dir=root / "runs" / name,
-        report_dir=root / "reports" / name,
-        dvc_file=root / "dvc.yaml",
-        root=root,
-    )
-    if name == own and not overrides and source == root / "params" / f"{name}.yaml":
-        return experiment
-    if name == own:
+    plain = name == own and not overrides and source == root / "params" / f"{name}.yaml"
+    if name == own and not plain:
         raise UserError(
             f"--output runs/{name}: this folder belongs to the plain {name}; choose another, e.g. runs/again"
         )
-    return _freeze(experiment)
+    run_dir = root / "runs" / name
+    again = frozen_name == name and not overrides  # opened by its folder: its stages are what they were
+    written = _read_yaml(run_dir / "dvc.yaml") if again and (run_dir / "dvc.yaml").is_file() else None
+    folders = {} if written is None else written["vars"][0]
+    return Experiment(
+        name=name,
+        params=params,
+        run_dir=run_dir,
+        report_dir=root / "reports" / name,
+        demos_dir=root / folders.get("demos_dir", f"runs/{name}/demos"),
+        sft_dir=root / folders.get("sft_dir", f"runs/{name}/sft"),
+        dvc_file=(root if plain else run_dir) / "dvc.yaml",
+        stages=tuple(_project_stages(root, params, frozen=not plain) if written is None else written["stages"]),
+        root=root,
+    )
 
 
 def resolve(experiment: Experiment) -> None:
@@ -116,44 +123,79 @@ def resolve(experiment: Experiment) -> None:
     _write_if_changed(experiment.run_dir / "params.yaml", dump_params(experiment.params))
 
 
-def _freeze(experiment: Experiment) -> Experiment:
-    """Write resolved params and stages into the run folder, where they differ from what is there."""
-    params_path = experiment.run_dir / "params.yaml"
-    dvc_file = experiment.run_dir / "dvc.yaml"
+def freeze(experiment: Experiment) -> tuple[str, ...]:
+    """Write resolved params and stages into the run folder; nothing for the project's own experiment.
+
+    Returns the params by which the folder differed from ``experiment``, as :func:`changed_params` does.
+    """
+    if not experiment.frozen:
+        return ()
+    changes = changed_params(experiment)
     resolve(experiment)
-    stages = GENERATED + yaml.safe_dump(_derived_stages(experiment), sort_keys=False, width=120)
-    _write_if_changed(dvc_file, stages)
-    values = {**vars(experiment), "params_path": params_path, "dvc_file": dvc_file}
-    return Experiment(**values)
+    stages = GENERATED + yaml.safe_dump(_stages(experiment), sort_keys=False, width=120)
+    _write_if_changed(experiment.dvc_file, stages)
+    return changes
 
 
-def _derived_stages(experiment: Experiment) -> dict[str, Any]:
-    """The project's stages with this experiment's names, run from the project's folder."""
-    run = str(experiment.run_dir.relative_to(experiment.root))
-    variables = {
-        "experiment": run,
-        "params": f"{run}/params.yaml",
-        "run": run,
-        "report": str(experiment.report_dir.relative_to(experiment.root)),
-    }
+def stage_params(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """The params that ``stage`` reads, by key, as dvc.yaml names them."""
+    entries = _project_stages(experiment.root, experiment.params, experiment.frozen)[stage].get("params", [])
+    leaves = _leaves(experiment.params.model_dump(mode="json"))
+    named = [key for entry in entries for keys in entry.values() for key in keys]
+    return {leaf: value for leaf, value in leaves.items() if any(f"{leaf}.".startswith(f"{key}.") for key in named)}
+
+
+def changed_params(experiment: Experiment) -> tuple[str, ...]:
+    """``seed: 0 -> 1`` for every param in which the run folder's frozen params differ; empty where there are none."""
+    frozen = experiment.run_dir / "params.yaml"
+    if not frozen.is_file():
+        return ()
+    before, after = _leaves(_read_yaml(frozen)), _leaves(yaml.safe_load(dump_params(experiment.params)))
+    keys = dict.fromkeys([*before, *after])
+    return tuple(f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key))
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """``{a: {b: 1}}`` -> ``{"a.b": 1}``."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    branches = (_leaves(child, f"{path}.{name}".strip(".")) for name, child in tree.items())
+    return {key: leaf for branch in branches for key, leaf in branch.items()}
+
+
+def _stages(experiment: Experiment) -> dict[str, Any]:
+    """A frozen experiment's dvc.yaml: the project's stages with its own names, run from the project's folder."""
     project = _read_yaml(experiment.root / "dvc.yaml")
-    stages = project["stages"]
-    del stages["resolve"]  # here the params file is what a person gave, not something made from params/
-    if experiment.params.fetch is not None:
-        stages = _fetching(stages, experiment.params.fetch.checkpoint)
+    folders = {
+        "run": experiment.run_dir,
+        "demos_dir": experiment.demos_dir,
+        "sft_dir": experiment.sft_dir,
+        "report": experiment.report_dir,
+    }
+    variables = {name: str(folder.relative_to(experiment.root)) for name, folder in folders.items()}
+    variables |= {"experiment": variables["run"], "params": f"{variables['run']}/params.yaml"}
     up = os.path.relpath(experiment.root, experiment.run_dir)
     # stages run in the project's folder; DVC reads paths of metrics and plots from the folder of the dvc.yaml
     shown = yaml.safe_dump({"metrics": project["metrics"], "plots": project["plots"]}).replace("${", f"{up}/${{")
-    stages = {name: {"wdir": up, **stage} for name, stage in stages.items()}
-    return {"vars": [variables], "stages": stages, **yaml.safe_load(shown)}
+    known = _project_stages(experiment.root, experiment.params, frozen=True)
+    stages = {name: {"wdir": up, **known[name]} for name in experiment.stages}
+    return {"vars": [variables], "stages": stages, **(yaml.safe_load(shown) if "report" in stages else {})}
+
+
+def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
+    """The stages of the project's dvc.yaml that an experiment with ``params`` has."""
+    stages = _read_yaml(root / "dvc.yaml")["stages"]
+    if frozen:
+        del stages["resolve"]  # there the params file is what a person gave, not something made from params/
+    return stages if params.fetch is None else _fetching(stages, params.fetch.checkpoint)
 
 
 def _fetching(stages: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """``stages`` with ``fetch`` in place of ``demos`` and ``sft``: an existing checkpoint to start from."""
     fetch = {
         "cmd": "pi0rl fetch ${experiment}",
-        "deps": ["pi0rl/stages.py", "pi0rl/policy", *([checkpoint] if Path(checkpoint).exists() else [])],
-        "params": [{"${params}": ["fetch"]}],
+        "deps": ["pi0rl/stages/fetch.py", "pi0rl/policy", *([checkpoint] if Path(checkpoint).exists() else [])],
+        "params": [{"${params}": ["fetch", "actor.model.precision"]}],
         "outs": stages["sft"]["outs"],
     }
     return {"fetch": fetch} | {name: stage for name, stage in stages.items() if name not in ("demos", "sft")}

@@ -67,16 +67,7 @@ def run_child(
         on_line: called with each line of the child's output as it appears; None lets the child write to our own output.
         send: how an interruption is handed on: ``os.kill`` to the child alone, ``os.killpg`` to its whole group.
     """
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=None if on_line is None else subprocess.PIPE,
-        stderr=None if on_line is None else subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
+    process = start_child(command, cwd, environment, piped=on_line is not None)
     try:
         if on_line is not None and process.stdout is not None:
             for line in process.stdout:
@@ -88,6 +79,22 @@ def run_child(
     finally:
         stop_session(process.pid)
     return code if code >= 0 else 128 - code
+
+
+def start_child(
+    command: Sequence[str], cwd: Path, environment: Mapping[str, str], piped: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start ``command`` in a session of its own, to end with us; ``piped``: its lines go to its stdout."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if piped else None,
+        stderr=subprocess.STDOUT if piped else None,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
 
 
 def stop_session(session: int) -> None:
@@ -130,10 +137,31 @@ def _descendants(pid: int) -> list[psutil.Process]:
 def _stop(processes: Sequence[psutil.Process], grace: float) -> None:
     for process in processes:
         _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=grace)
+    alive = _await_end(processes, timeout=grace)
     for process in alive:
         _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=5.0)
+    _await_end(alive, timeout=5.0)
+
+
+def _await_end(processes: Sequence[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Those of ``processes`` that still run after ``timeout`` seconds.
+
+    Only looks, and leaves zombies to whoever started them: psutil's own waiting would take the exit code of another
+    thread's child away, and subprocess then reports 0 for a child that was killed.
+    """
+    deadline = time.monotonic() + timeout
+    while alive := [process for process in processes if _runs(process)]:
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.02)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, signum: int) -> None:

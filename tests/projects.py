@@ -19,6 +19,8 @@ vars:
   - experiment: quickstart
     params: runs/quickstart/params.yaml
     run: runs/quickstart
+    demos_dir: runs/quickstart/demos
+    sft_dir: runs/quickstart/sft
     report: reports/quickstart
 stages:
   resolve:
@@ -27,16 +29,16 @@ stages:
     outs:
       - ${params}: {cache: false}
   demos:
-    cmd: mkdir -p ${run}/demos && cp ${params} ${run}/demos/ && echo 'demos 1/1'
+    cmd: mkdir -p ${demos_dir} && cp ${params} ${demos_dir}/ && echo 'demos 1/1'
     params:
       - ${params}: [demos]
-    outs: ["${run}/demos"]
+    outs: ["${demos_dir}"]
   sft:
-    cmd: sh stage.sh ${run}/sft
-    deps: ["${run}/demos"]
+    cmd: sh stage.sh ${sft_dir}
+    deps: ["${demos_dir}"]
     params:
       - ${params}: [seed]
-    outs: ["${run}/sft"]
+    outs: ["${sft_dir}"]
 metrics: []
 plots: []
 """

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from projects import ROOT, call, environment, make_project
 
-from pi0rl.experiment import open_experiment
+from pi0rl.experiment import freeze, open_experiment
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_a_frozen_experiment_has_the_same_stages(project: Path, monkeypatch: pyt
     (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     try:
         experiment = open_experiment("quickstart", ("seed=7",), "runs/again")
+        freeze(experiment)
     finally:
         (project / "small.yaml").rename(project / "dvc.yaml")
     root, derived = (yaml.safe_load(path.read_text()) for path in (ROOT / "dvc.yaml", experiment.dvc_file))
@@ -85,8 +86,9 @@ def test_a_frozen_experiment_has_the_same_stages(project: Path, monkeypatch: pyt
 def test_fetch_takes_the_place_of_demos_and_sft(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     experiment = open_experiment("quickstart", ("fetch.checkpoint=someone/pi0",), "runs/fetched")
+    freeze(experiment)
     assert experiment.stages == ("fetch",)
-    assert yaml.safe_load(experiment.dvc_file.read_text())["stages"]["fetch"]["outs"] == ["${run}/sft"]
+    assert yaml.safe_load(experiment.dvc_file.read_text())["stages"]["fetch"]["outs"] == ["${sft_dir}"]
 
 
 def test_every_dependency_of_the_real_stages_exists() -> None:
@@ -110,3 +112,17 @@ def test_status_says_what_is_up_to_date(project: Path) -> None:
     dvc = [str(Path(sys.executable).parent / "dvc"), "repro", "--single-item", "resolve"]
     subprocess.run(dvc, cwd=project, env=environment(), check=True, capture_output=True)
     assert call("status", "quickstart", cwd=project).stdout.splitlines()[0] == "resolve  up to date"
+
+
+def test_status_writes_nothing_and_other_params_are_announced(project: Path) -> None:
+    asked = ("status", "quickstart", "--output", "runs/other")
+    result = call(*asked, cwd=project)
+    assert result.returncode == 1
+    assert result.stdout == "runs/other: not begun; `pi0rl run` with the same arguments begins it\n"
+    assert not (project / "runs" / "other").exists()
+    call("resolve", "quickstart", "--output", "runs/other", cwd=project)
+    result = call("resolve", "quickstart", "--output", "runs/other", "--set", "seed=3", cwd=project)
+    assert result.stdout == "runs/other: params changed (seed: 0 -> 3); what depends on them runs again\n"
+    result = call(*asked, cwd=project)
+    assert result.stdout.startswith("runs/other: lies there with other params (seed: 3 -> 0);")
+    assert "seed: 3" in (project / "runs" / "other" / "params.yaml").read_text()

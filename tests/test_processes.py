@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from projects import ROOT
 
-from pi0rl.processes import run_child
+from pi0rl.processes import run_child, stop_descendants
 
 # A supervisor as `pi0rl run` is one: it watches a shell that watches a sleeper
 SUPERVISOR = """
@@ -42,7 +43,7 @@ def test_death_by_signal_is_128_and_more(tmp_path: Path) -> None:
 def test_strays_end_with_the_child(tmp_path: Path) -> None:
     command = ["sh", "-c", "sleep 300 > /dev/null 2>&1 & echo $! > stray"]
     assert run_child(command, tmp_path, {}, print, os.killpg) == 0
-    assert not psutil.pid_exists(int((tmp_path / "stray").read_text()))
+    assert _ended(int((tmp_path / "stray").read_text()))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -50,7 +51,22 @@ def test_interrupted_supervisor_stops_its_child(tmp_path: Path, signum: signal.S
     supervisor, sleeper = _supervised(tmp_path)
     supervisor.send_signal(signum)
     assert supervisor.wait(timeout=60) == 128 + signum
-    assert not psutil.pid_exists(sleeper)
+    assert _ended(sleeper)
+
+
+def test_a_child_that_another_thread_stops_keeps_its_exit_code(tmp_path: Path) -> None:
+    stopper = threading.Timer(1.0, stop_descendants)
+    stopper.start()
+    assert run_child(["sleep", "300"], tmp_path, {}, print, os.killpg) == 128 + signal.SIGTERM
+    stopper.join()
+
+
+def _ended(pid: int) -> bool:
+    """Whether the process is gone, or only waits for init to notice its end."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _supervised(folder: Path) -> tuple[subprocess.Popen[bytes], int]:

@@ -1,0 +1,144 @@
+"""The Prefect flow of a sweep: shared stages once, then the points side by side, then a comparison.
+
+DVC decides what is stale in every point as in a single experiment, so a sweep that is started again runs only what is
+missing, and a point that failed does not stop the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+
+import yaml
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.artifacts import show_comparison
+from flows.experiment import ERROR
+from flows.points import Outcome, run_experiments
+from flows.search import run_search
+from pi0rl.errors import UserError
+from pi0rl.experiment import Experiment, open_experiment
+from pi0rl.processes import Interrupted, raise_on_signals, stop_descendants
+from pi0rl.report.sweep import Finished, write_sweep_report
+from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep, sweep_dir, sweep_report_dir, workers_of
+from pi0rl.tracking.sweep import begin_sweep, finish_sweep
+
+
+@flow(  # pyright: ignore[reportCallIssue]
+    name="libero-sweep",
+    flow_run_name="{sweep}",
+    persist_result=False,
+    validate_parameters=False,
+    # what runs at a time is decided below, by the cores
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # pyright: ignore[reportArgumentType]
+)
+def libero_sweep(sweep: str = "quickstart", overrides: Sequence[str] = (), concurrency: int | None = None) -> str:
+    """Run every point of ``params/sweeps/<sweep>.yaml`` that is not done; returns the folder of the comparison.
+
+    Args:
+        sweep: its name.
+        overrides: ``key=value`` strings laid over every point, for instance ``runner.max_epochs=4``.
+        concurrency: points at a time, in place of what the file says.
+
+    Raises:
+        UserError: bad params (before anything starts), or points that failed (after the others have ended).
+    """
+    plan = _overridden(load_sweep(sweep), overrides)
+    base = open_experiment(plan.experiment)  # says where to log
+    begin_sweep(sweep, sweep_dir(sweep), base)
+    outcomes = _run_grid(sweep, plan, concurrency) if plan.search is None else run_search(sweep, plan)
+    finished = [
+        Finished(each.point.name, each.point.coordinates, each.experiment.report_dir)
+        for each in outcomes
+        if not each.error
+    ]
+    failed = [each for each in outcomes if each.error]
+    report = write_sweep_report(sweep, finished, sweep_report_dir(sweep)) if finished else None
+    finish_sweep(sweep_dir(sweep), base, report, failed=len(failed))
+    if report is not None:
+        show_comparison(sweep, report)
+    if failed:
+        reasons = "; ".join(f"{each.point.name}: {each.error}" for each in failed)
+        raise UserError(
+            f"sweep {sweep}: {len(failed)} of {len(outcomes)} points failed ({reasons}); "
+            "the same command runs only these again"
+        )
+    return str(report)
+
+
+def _run_grid(name: str, plan: Sweep, concurrency: int | None) -> list[Outcome]:
+    points = grid_points(plan)
+    chains = [experiments(name, plan, point) for point in points]  # a mistake shows before anything starts
+    at_a_time = concurrency or plan.concurrency or _that_fit(chains)
+    print(f"sweep {name}: {len(points)} points, {at_a_time} at a time", flush=True)
+    room, stopping = threading.Semaphore(at_a_time), threading.Event()
+    shared = {part.reference: part for chain in chains for part in chain[:-1]}
+    locks = {reference: threading.Lock() for reference in shared}
+
+    @task(cache_policy=NO_CACHE, task_run_name="{point}", persist_result=False)
+    def run_point(point: str, chain: tuple[Experiment, ...]) -> None:
+        """Its shared stages, if no other point has run them yet, and its own."""
+        with room:
+            for part in chain:
+                if stopping.is_set():
+                    raise UserError("the sweep was stopped")
+                with locks.get(part.reference, threading.Lock()):
+                    run_experiments(f"{point} ", part)
+
+    futures = [run_point.submit(point.name, chain) for point, chain in zip(points, chains, strict=True)]
+    try:
+        wait(futures)
+    except BaseException:
+        stopping.set()
+        stop_descendants()  # the threads below wait for their stages
+        raise
+    return [
+        Outcome(point, chain[-1], _reason(future.state))
+        for point, chain, future in zip(points, chains, futures, strict=True)
+    ]
+
+
+def _that_fit(chains: Sequence[tuple[Experiment, ...]]) -> int:
+    """How many points have a core for each of their workers; at least one."""
+    most = max(workers_of(chain[-1]) for chain in chains)
+    return max(1, (os.cpu_count() or 1) // most)
+
+
+def _reason(state: State[None]) -> str:
+    if state.is_completed():
+        return ""
+    error = state.result(raise_on_failure=False)
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _overridden(plan: Sweep, overrides: Sequence[str]) -> Sweep:
+    """``plan`` with ``key=value`` strings over every point."""
+    pairs = [text.partition("=") for text in overrides]
+    if bad := next((key for key, separator, _ in pairs if not separator), None):
+        raise UserError(f"overrides: {bad}: expected key=value, for example runner.max_epochs=4")
+    values = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    return plan.model_copy(update={"overrides": plan.overrides | values})
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m flows.sweep NAME [KEY=VALUE ...]``: the flow, its errors as one line."""
+    name, *overrides = arguments
+    raise_on_signals()
+    try:
+        print(f"comparison: {libero_sweep(name, overrides)}")
+    except UserError as error:
+        print(f"{ERROR}{error}", file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        return 128 + interruption.signum
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""What the stages that play episodes share: players in a Ray session of their own, and checkpoints that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pi0rl.cluster.loop import EVALUATION_STREAM
+from pi0rl.cluster.placement import resolve_placement
+from pi0rl.cluster.players import Players, PlayersConfig
+from pi0rl.cluster.rollout_worker import NoiseKey
+from pi0rl.cluster.session import available_gpus, ray_session
+from pi0rl.cluster.setup import players_config
+from pi0rl.errors import UserError
+from pi0rl.evaluation.evaluator import Play
+from pi0rl.libero.plan import Episode
+from pi0rl.libero.slots import EpisodeResult
+from pi0rl.params import ClusterParams, Params
+
+
+@contextmanager
+def evaluation_players(params: Params, checkpoint: Path) -> Iterator[Players]:
+    """Players for evaluation in a Ray session of their own."""
+    with players(params.cluster, players_config(params, params.env.eval), checkpoint) as opened:
+        yield opened
+
+
+@contextmanager
+def players(cluster: ClusterParams, config: PlayersConfig, checkpoint: Path) -> Iterator[Players]:
+    """Players in a Ray session of their own."""
+    with ray_session(cluster, config.workers):
+        yield Players(config, resolve_placement(cluster, available_gpus()), checkpoint)
+
+
+@contextmanager
+def open_play(cluster: ClusterParams, config: PlayersConfig, checkpoint: Path) -> Iterator[Play]:
+    """What :func:`pi0rl.evaluation.evaluator.examine` plays with."""
+    with players(cluster, config, checkpoint) as opened:
+
+        def play(
+            rows: Sequence[Episode],
+            seed: int,
+            record: frozenset[int],
+            on_results: Callable[[Sequence[EpisodeResult]], None],
+        ) -> None:
+            on_results(opened.play(rows, NoiseKey(seed, EVALUATION_STREAM, 0), "eval", record))
+
+        yield play
+
+
+def require_checkpoint(policy: Path, stage: str) -> None:
+    if not (policy / "config.json").is_file():
+        raise UserError(f"{policy}: no such checkpoint; run `pi0rl {stage}` first")

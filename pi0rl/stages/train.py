@@ -1,0 +1,73 @@
+"""``train/``: PPO or GRPO from the SFT policy; goes on from its last checkpoint if there is one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pi0rl.cluster.loop import Iteration
+from pi0rl.cluster.loop import train as run_loop
+from pi0rl.cluster.placement import resolve_placement
+from pi0rl.cluster.session import available_gpus, ray_session
+from pi0rl.cluster.setup import critic_config, loop_config, noise_config, players_config
+from pi0rl.errors import UserError
+from pi0rl.experiment import Experiment
+from pi0rl.files import replace_text
+from pi0rl.params import Params
+from pi0rl.policy.checkpoints import load_policy, save_policy
+from pi0rl.policy.policy import Policy, with_heads
+from pi0rl.stages.playing import require_checkpoint
+from pi0rl.tracking.metrics import MetricsWriter
+
+# In a training folder: what the run was begun from. Only a run that was begun from the same is resumed.
+ORIGIN = "origin.txt"
+
+
+def run(experiment: Experiment) -> None:
+    """Train, or go on training."""
+    params, folder = experiment.params, experiment.stage_dir("train")
+    sft_policy = experiment.stage_dir("sft") / "policy"
+    require_checkpoint(sft_policy, "sft")
+    origin = _origin(params, sft_policy)
+    finished, checkpoints, start = folder / "policy", folder / "checkpoints", folder / "start"
+    if (finished.is_dir() and not checkpoints.is_dir()) or not _began_as(folder, origin):
+        shutil.rmtree(folder, ignore_errors=True)  # finished, or begun from something else: from the start
+    if not start.is_dir():
+        policy = load_policy(sft_policy)
+        _require_horizon(params, policy)
+        save_policy(with_heads(policy, critic_config(params), noise_config(params), params.seed), start)
+        replace_text(folder / ORIGIN, origin)
+    if not finished.is_dir():
+        _run_loop(experiment, start).rename(finished)
+    shutil.rmtree(checkpoints)
+    shutil.rmtree(start)
+
+
+def _run_loop(experiment: Experiment, start: Path) -> Path:
+    """The training loop with its metrics; returns the folder of the final policy."""
+    params, folder = experiment.params, experiment.stage_dir("train")
+    config = loop_config(params)
+    with ray_session(params.cluster, params.env.train.workers), MetricsWriter(experiment) as writer:
+        placement = resolve_placement(params.cluster, available_gpus())
+
+        def on_iteration(iteration: Iteration) -> None:
+            writer.write(iteration.number, iteration.metrics, iteration.timing)
+
+        players = players_config(params, params.env.train)
+        return run_loop(config, players, placement, start, folder, on_iteration, writer.resume)
+
+
+def _require_horizon(params: Params, policy: Policy) -> None:
+    chunk, horizon = params.actor.model.num_action_chunks, policy.config.action_horizon
+    if chunk > horizon:
+        raise UserError(f"actor.model.num_action_chunks is {chunk} but this policy predicts {horizon} actions")
+
+
+def _origin(params: Params, policy: Path) -> str:
+    """All that decides a training run: its params and the policy it starts from."""
+    sections = {"seed", "suites", "cluster", "env", "rollout", "actor", "openpi", "algorithm", "runner"}
+    return params.model_dump_json(include=sections, indent=1) + "\n" + (policy / "config.json").read_text()
+
+
+def _began_as(folder: Path, origin: str) -> bool:
+    return (folder / ORIGIN).is_file() and (folder / ORIGIN).read_text() == origin

@@ -1,0 +1,114 @@
+"""Sweeps: points, what they share, and a flow that goes on where it stopped and outlives a failing point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from projects import ROOT, make_project
+
+from pi0rl.errors import UserError
+from pi0rl.experiment import freeze, open_experiment
+from pi0rl.report.sweep import Finished, write_sweep_report
+from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep
+
+SWEEPS = sorted(path.stem for path in (ROOT / "params" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_of_the_project_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep(name)
+    for point in grid_points(sweep):
+        assert experiments(name, sweep, point)[-1].stages == ("train", "evaluate", "report")
+
+
+def test_points_share_what_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep("suites")
+    chains = {point.name: experiments("suites", sweep, point) for point in grid_points(sweep)}
+    assert len(chains) == 8
+    assert len({demos.run_dir for demos, _, _ in chains.values()}) == 2  # one per suite
+    assert len({sft.run_dir for _, sft, _ in chains.values()}) == 4  # one per suite and seed
+    assert len({own.run_dir for _, _, own in chains.values()}) == 8
+    for demos, sft, own in chains.values():
+        assert own.sft_dir == sft.sft_dir == sft.run_dir / "sft"
+        assert sft.demos_dir == demos.run_dir / "demos"
+    ppo, grpo = chains["ppo-object-seed1"][-1], chains["grpo-object-seed1"][-1]
+    assert (ppo.params.algorithm.adv_type, grpo.params.algorithm.adv_type) == ("gae", "grpo")
+    assert ppo.params.seed == grpo.params.seed == 1
+
+
+def test_a_point_opened_by_its_folder_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_project(tmp_path / "p"))
+    sweep = Sweep(experiment="quickstart", axes={"actor.optim.lr": [1e-4, 2e-4]})
+    first, second = (experiments("s", sweep, point) for point in grid_points(sweep))
+    assert first[0].run_dir == second[0].run_dir
+    for part in (*first, *second):
+        freeze(part)
+        assert open_experiment(part.reference) == part
+
+
+def test_listed_points_and_seeds_multiply() -> None:
+    sweep = Sweep(experiment="quickstart", points=[{"sft.lr": 0.1, "sft.steps": 5}, {"sft.steps": 6}], seeds=[0, 1])
+    points = grid_points(sweep)
+    assert [point.name for point in points] == [
+        "lr0.1-steps5-seed0",
+        "lr0.1-steps5-seed1",
+        "steps6-seed0",
+        "steps6-seed1",
+    ]
+    assert points[1].overrides == ("sft.lr=0.1", "sft.steps=5", "seed=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("experiment: quickstart\naxis: {}", "unknown key axis; did you mean axes?"),
+        ("experiment: quickstart\naxes: {seedd: [1]}", "unknown key seedd"),
+        ("experiment: quickstart\naxes: {seed: [1]}\nsearch: {trials: 1, space: {seed: {choices: [1]}}}", "leave one"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    project = make_project(tmp_path / "p")
+    monkeypatch.chdir(project)
+    (project / "params" / "sweeps").mkdir()
+    (project / "params" / "sweeps" / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        _expand("s")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="known ones: s"):
+        load_sweep("t")
+
+
+def _expand(name: str) -> None:
+    sweep = load_sweep(name)
+    for point in grid_points(sweep):
+        experiments(name, sweep, point)
+
+
+def test_the_comparison_holds_every_point(tmp_path: Path) -> None:
+    points = []
+    for seed, (before, after) in enumerate([(50, 79), (43, 41)]):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        rows = [
+            {"policy": name, "suite": "libero_object", "k": k, "n": 100, "wilson": [0.3, 0.6]}
+            for name, k in (("sft", before), ("ppo", after))
+        ]
+        test = {"before": "sft", "after": "ppo", "suite": "libero_object", "change": 0.29, "n": 100, "mcnemar_p": 0.02}
+        (folder / "results.json").write_text(json.dumps({"rows": rows, "comparisons": [test]}))
+        points.append(Finished(folder.name, {"actor.optim.lr": 1e-4 * (1 + seed), "seed": seed}, folder))
+    target = write_sweep_report("s", points, tmp_path / "report")
+    table = pd.read_csv(target / "comparison.csv")
+    assert table["after"].tolist() == [0.79, 0.41]
+    assert table["p_holm"].tolist() == [0.04, 0.04]
+    page = (target / "index.html").read_text()
+    assert "79.0 %" in page
+    assert page.count("<svg") == 2
+    assert "| seed0 | 0.0001 |" in (target / "report.md").read_text()
