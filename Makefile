@@ -1,6 +1,7 @@
 # make quickstart   the whole experiment: demonstrations, imitation, reinforcement learning, evaluation, report
 #                   OUTPUT=runs/again SET="seed=1 runner.max_epochs=30" for another folder or other params
 # make test         linter, types and tests; `make test-slow` adds the ones that take minutes
+# make serve        Prefect's server and a worker on this machine, for `prefect deployment run libero-sweep/quickstart`
 # make doctor       check this machine
 # Each sets the machine up first; the second time that takes no time.
 
@@ -11,14 +12,17 @@ EXPERIMENT ?= quickstart
 # DVC starts the stages as `pi0rl ...`
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart setup doctor lint types test test-slow lock clean
+.PHONY: quickstart serve setup doctor lint types test test-slow lock clean
 
 quickstart: $(STAMP)
 	pi0rl run $(EXPERIMENT) $(foreach override,$(SET),--set $(override)) $(if $(OUTPUT),--output $(OUTPUT))
 
+serve: $(STAMP)
+	python -m flows.serve
+
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt scripts/setup scripts/robosuite_macros.py
+$(STAMP): pyproject.toml constraints.txt scripts/setup
 	scripts/setup
 	@touch $@
 

