@@ -173,6 +173,8 @@ class ActorParams(Section):
 class OpenpiParams(Section):
     """The stochastic sampler, the heads and what of pi0 is trained (RLinf's block of the same name).
 
+    With ``noise_anneal`` the noise level goes from ``noise_params[0]`` to ``[1]`` within ``[2]`` RL steps instead of
+    staying at ``noise_level``.
     ``stochastic_steps``: noise at one denoising step drawn per sample, at the last one, or at all, each with a ratio of
     its own; ``ignore_last`` never draws the last one. ``safe_get_logprob`` takes minus the squared error for the
     log-prob. The value head reads the action expert (``chunk_critic_input``: the executed actions' tokens only) or,
@@ -182,6 +184,8 @@ class OpenpiParams(Section):
     """
 
     noise_level: Rate = 0.5
+    noise_anneal: bool = False
+    noise_params: tuple[Rate, Rate, Positive] = (0.7, 0.3, 400)
     action_chunk: Positive | None = None
     num_steps: Positive | None = None
     train_expert_only: bool = True
@@ -291,6 +295,11 @@ class Params(Section):
                 raise ValueError(f"{key} is {value} but {other} is {expected}: make them equal or leave {key} out")
         if self.algorithm.adv_type == "gae" and not openpi.add_value_head:
             raise ValueError("algorithm.adv_type gae needs openpi.add_value_head: true (or use adv_type: grpo)")
+        if openpi.noise_anneal and openpi.noise_method not in ("flow_sde", "flow_cps"):
+            raise ValueError(
+                f"openpi.noise_anneal changes the noise level, which {openpi.noise_method} does not have; "
+                "set noise_anneal: false, or noise_method: flow_sde or flow_cps"
+            )
         episodes = train.total_num_envs * self.algorithm.rollout_epoch
         if episodes % self.algorithm.group_size:
             raise ValueError(

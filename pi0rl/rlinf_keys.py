@@ -91,8 +91,6 @@ RLINF_KEYS: dict[str, str] = {
     "actor.model.use_proprio": "follows from the checkpoint; leave it out",
     "openpi.config_name": "set actor.model.variant: pi0 or pi05",
     "openpi.num_images_in_input": "both cameras are always used; leave it out",
-    "openpi.noise_anneal": "openpi.noise_level is constant, as in all of RLinf's LIBERO configs; leave it out",
-    "openpi.noise_params": "openpi.noise_level is constant, as in all of RLinf's LIBERO configs; leave it out",
 }
 
 

@@ -74,17 +74,17 @@ class ActorWorker:
         rollout = Rollout(trajectory for part in parts for trajectory in part)
         batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
         self._policy.train()
-        report = update(self._evaluator(rollout), batch, self._optimizer, self._config, iteration)
+        report = update(self._evaluator(rollout, iteration), batch, self._optimizer, self._config, iteration)
         return rollout_metrics(rollout, batch) | report.metrics
 
-    def _evaluator(self, rollout: Rollout) -> Evaluate:
-        prefix_of = self._prefixes(rollout)
+    def _evaluator(self, rollout: Rollout, iteration: int) -> Evaluate:
+        prefix_of, sampler = self._prefixes(rollout), self._sampler.at(iteration)
 
         def evaluate(samples: Tensor) -> Evaluation:
             inputs = rollout.inputs(samples.tolist())
             chains = torch.from_numpy(inputs.chains).to(self._device)
             inds = torch.from_numpy(inputs.denoise_inds).to(self._device)
-            result = evaluate_chains(self._policy, prefix_of(samples), chains, inds, self._sampler)
+            result = evaluate_chains(self._policy, prefix_of(samples), chains, inds, sampler)
             return Evaluation(
                 log_probs=result.log_probs.cpu(),
                 values=result.values.cpu(),

@@ -54,7 +54,8 @@ class RolloutWorker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
-        self._checkpoint, self._sampler, self._device = checkpoint, sampler, device
+        self._checkpoint, self._annealed, self._device = checkpoint, sampler, device
+        self._sampler = sampler.at(0)
         self._noise = NoiseKey(0, 0, 0)
         self._mode: Literal["train", "eval"] = "eval"
         self._recordings: dict[int, _Recording] = {}
@@ -73,6 +74,7 @@ class RolloutWorker:
     def begin(self, noise: NoiseKey, mode: Literal["train", "eval"]) -> None:
         """Before the first look of a plan; in mode ``train`` the episodes are recorded."""
         self._noise, self._mode = noise, mode
+        self._sampler = self._annealed.at(noise.iteration)
         self._recordings = {}
 
     def act(self, look: Look) -> np.ndarray:

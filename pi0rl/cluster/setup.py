@@ -51,6 +51,7 @@ def sampler_config(params: Params) -> SamplerConfig:
         action_chunk=model.num_action_chunks,
         env_action_dim=model.action_dim,
         noise_level=openpi.noise_level,
+        anneal=openpi.noise_params if openpi.noise_anneal else None,
         stochastic="joint" if openpi.joint_logprob else _STOCHASTIC[openpi.stochastic_steps],
         ignore_last=openpi.ignore_last,
         squared_error_log_prob=openpi.safe_get_logprob,

@@ -8,7 +8,7 @@ Samplers: flow_ode, flow_sde and flow_noise (piRL), flow_cps (coefficient-preser
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ class SamplerConfig:
         action_chunk: C, the executed steps; log-probs, entropy and a chunk critic are restricted to them.
         env_action_dim: E, the action dimensions the environment uses; log-probs and entropy are restricted to them.
         noise_level: a of flow_sde and flow_cps.
+        anneal: (start, end, over): the noise level changes with the RL step instead, as ``annealed_noise_level`` says.
         stochastic: ``single``: one step k* per observation is stochastic, the others are ODE steps (S = 1);
             ``last``: the same with k* = K - 1 always;
             ``all``: every step is stochastic, each with its own log-prob (S = K);
@@ -47,6 +48,7 @@ class SamplerConfig:
     action_chunk: int = 5
     env_action_dim: int = 7
     noise_level: float = 0.5
+    anneal: tuple[float, float, int] | None = None
     stochastic: Literal["single", "last", "all", "joint"] = "single"
     ignore_last: bool = False
     squared_error_log_prob: bool = False
@@ -56,6 +58,10 @@ class SamplerConfig:
             raise UserError(
                 "sampler: ignore_last with one denoising step leaves no stochastic step; set num_steps >= 2"
             )
+
+    def at(self, step: int) -> SamplerConfig:
+        """The sampler of RL step ``step`` (from 0): rollout and update of one step must use the same."""
+        return self if self.anneal is None else replace(self, noise_level=annealed_noise_level(*self.anneal, step))
 
 
 def annealed_noise_level(start: float, end: float, over: int, step: int) -> float:

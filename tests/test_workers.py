@@ -1,0 +1,98 @@
+"""The rollout and the actor component on made-up looks, without simulators and without Ray."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_policies import PREFIX_CRITIC, make_policy, observe
+
+from pi0rl.cluster.actor_worker import ActorWorker
+from pi0rl.cluster.rollout_worker import NoiseKey, RolloutWorker
+from pi0rl.cluster.setup import loop_config, sampler_config
+from pi0rl.errors import UserError
+from pi0rl.libero.plan import Episode
+from pi0rl.libero.slots import Look, Played
+from pi0rl.params import Params, load_params
+from pi0rl.policy.checkpoints import save_policy
+from pi0rl.rl.trajectories import Trajectory
+
+QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
+EPISODES, CHUNKS, CHUNK = 4, 3, 8
+PLAN = tuple(Episode(index, "libero_object", index, "official", 0, 0) for index in range(EPISODES))
+SMALL = ("actor.global_batch_size=12", "actor.micro_batch_size=6", "algorithm.update_epoch=1")
+ANNEALED = ("openpi.noise_anneal=true", "openpi.noise_params=[0.7, 0.1, 4]")
+
+
+@pytest.fixture(autouse=True)
+def _process() -> Iterator[None]:
+    """Workers change their process: put back what they changed."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("workers") / "policy"
+    save_policy(make_policy(PREFIX_CRITIC), directory)
+    return directory
+
+
+def quickstart(*overrides: str) -> Params:
+    return load_params(QUICKSTART, (*SMALL, *overrides))
+
+
+def start_rollout(params: Params, checkpoint: Path) -> RolloutWorker:
+    worker = RolloutWorker(checkpoint, sampler_config(params), 1, "cpu")
+    worker.start()
+    return worker
+
+
+def start_actor(params: Params, checkpoint: Path) -> ActorWorker:
+    config = loop_config(params)
+    worker = ActorWorker(checkpoint, sampler_config(params), config.update, config.train_expert_only, False, 1, "cpu")
+    worker.start()
+    return worker
+
+
+def played(params: Params, rollout: RolloutWorker, iteration: int) -> list[Trajectory]:
+    """The trajectories of episodes that see noise for pictures and succeed by luck."""
+    rng = np.random.default_rng(iteration)
+    rollout.begin(NoiseKey(0, 0, iteration), "train")
+    index, before = np.arange(EPISODES), None
+    for chunk in range(CHUNKS + 1):
+        over = chunk == CHUNKS
+        episode = np.full(EPISODES, -1) if over else index
+        rollout.act(Look(observe(EPISODES, chunk), episode, np.full(EPISODES, chunk), before))
+        success = rng.random((EPISODES, CHUNK)) < (0.1 if chunk == CHUNKS - 1 else 0.0)
+        before = Played(index, success, np.full(EPISODES, CHUNK), np.full(EPISODES, chunk == CHUNKS - 1))
+    return rollout.trajectories(PLAN, params.algorithm, CHUNKS * CHUNK)
+
+
+@pytest.mark.parametrize("iteration", [0, 3, 9])
+def test_rollout_and_update_anneal_the_noise_together(checkpoint: Path, iteration: int) -> None:
+    params = quickstart(*ANNEALED)
+    trajectories = played(params, start_rollout(params, checkpoint), iteration)
+    metrics = start_actor(params, checkpoint).update(iteration, CHUNKS * CHUNK, trajectories)
+    assert metrics["actor/first_ratio_error"] < 1e-3
+
+
+def test_another_noise_level_would_be_noticed(checkpoint: Path) -> None:
+    params = quickstart(*ANNEALED)
+    trajectories = played(params, start_rollout(params, checkpoint), iteration=0)
+    with pytest.raises(UserError, match="ratio"):
+        start_actor(params, checkpoint).update(4, CHUNKS * CHUNK, trajectories)
+
+
+def test_the_noise_level_is_annealed_by_rl_steps() -> None:
+    sampler = sampler_config(quickstart(*ANNEALED))
+    assert [sampler.at(step).noise_level for step in (0, 2, 4, 9)] == pytest.approx([0.7, 0.4, 0.1, 0.1])
+    constant = sampler_config(quickstart("openpi.noise_params=[0.7, 0.1, 4]"))
+    assert constant.at(9).noise_level == 0.6
