@@ -16,6 +16,7 @@ from pi0rl.cluster.session import ray_session
 from pi0rl.cluster.setup import critic_config, loop_config, players_config
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import evaluation_plan
+from pi0rl.libero.slots import EpisodeResult
 from pi0rl.libero.suites import suite_tasks
 from pi0rl.params import ClusterParams, load_params
 from pi0rl.policy.checkpoints import save_policy
@@ -63,8 +64,10 @@ def test_outcomes_do_not_depend_on_the_number_of_workers(ray_cluster: None, chec
     for workers, stages in ((1, 1), (2, 2)):
         config = replace(players_config(params, params.env.train), workers=workers, stages=stages)
         players = Players(config, CPU, checkpoint)
-        outcomes.append(players.play(plan, NoiseKey(0, 0, 0), "train"))
-        outcomes[-1] = [(result.index, result.success, result.steps, result.final_state) for result in outcomes[-1]]
+        shown: list[EpisodeResult] = []
+        results = players.play(plan, NoiseKey(0, 0, 0), "train", on_results=shown.extend)
+        assert sorted(result.index for result in shown) == [row.index for row in plan]
+        outcomes.append([(result.index, result.success, result.steps, result.final_state) for result in results])
     assert outcomes[0] == outcomes[1]
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from pi0rl.cli import main
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, WorkerFailed
 from pi0rl.evaluation.completeness import EPISODE_COLUMNS, require_complete
-from pi0rl.evaluation.evaluator import Exam, Play, Recording, examine, experiment_exam
+from pi0rl.evaluation.evaluator import ATTEMPTS, Exam, Play, Recording, examine, experiment_exam
 from pi0rl.evaluation.journal import Journal
 from pi0rl.evaluation.protocols import DEFAULT, LEROBOT, OPENPI, PROTOCOLS, RLINF, protocol_named
 from pi0rl.evaluation.table import episode_table
@@ -90,6 +90,52 @@ def test_a_killed_evaluation_ends_in_the_same_table(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"))
     by_seed = whole[whole["split"] == "official"].groupby("seed")["final_state"].agg(list)
     assert by_seed[0] != by_seed[1]
+
+
+@contextmanager
+def open_failing(slot: SlotConfig, fails: Callable[[set[int]], bool], played: list[list[int]]) -> Iterator[Play]:
+    """Slots whose worker fails instead of finishing the episodes at hand, once those before them are done."""
+    with open_slots(slot) as play:
+
+        def failing(
+            rows: Sequence[Episode],
+            seed: int,
+            record: frozenset[int],
+            on_results: Callable[[Sequence[EpisodeResult]], None],
+        ) -> None:
+            played.append([row.index for row in rows])
+            if fails({row.index for row in rows}):
+                raise WorkerFailed("an env worker died")
+            play(rows, seed, record, on_results)
+
+        yield failing
+
+
+def test_an_episode_that_fails_its_workers_is_tried_again_found_and_named(tmp_path: Path) -> None:
+    exam = OneTask(replace(SMALL, episodes_per_task=50), ("libero_object",), ("official",), (0,))
+    journal, played = Journal(tmp_path, "one"), list[list[int]]()
+    examine(
+        exam, "noise", lambda _: open_failing(exam.slot(), lambda at_hand: 7 in at_hand, played), journal, NO_VIDEOS
+    )
+    table = episode_table(journal.rows("noise"), ["noise"])
+    require_complete(table, exam.planned())
+    assert table["index"].tolist() == list(range(50))
+    assert table.query("error != ''")[["index", "error"]].to_numpy().tolist() == [[7, "an env worker died"]]
+    assert played.count([7]) == ATTEMPTS
+    assert len(Journal(tmp_path, "one").rows("noise")) == 49  # it is tried again by the next attempt
+
+
+def test_a_worker_that_fails_now_and_then_costs_nothing_and_one_that_always_does_ends_the_run(tmp_path: Path) -> None:
+    failures = iter([True, False, True])
+    fails = lambda at_hand: next(failures, False)  # noqa: E731
+    journal = Journal(tmp_path / "a", "one")
+    examine(EXAM, "noise", lambda _: open_failing(EXAM.slot(), fails, []), journal, NO_VIDEOS)
+    assert len(journal.rows("noise")) == 16
+    assert not any(row["error"] for row in journal.rows("noise"))
+    journal, played = Journal(tmp_path / "b", "one"), list[list[int]]()
+    with pytest.raises(WorkerFailed, match="an env worker died"):
+        examine(EXAM, "noise", lambda _: open_failing(EXAM.slot(), lambda at_hand: True, played), journal, NO_VIDEOS)
+    assert len(played) < 10
 
 
 def test_failures_are_played_again_for_their_videos(tmp_path: Path) -> None:

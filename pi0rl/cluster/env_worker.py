@@ -35,9 +35,9 @@ class EnvWorker:
     def _with_status(self, stage: int, look: Look) -> tuple[Look, Status]:
         return look, (len(self._stages[stage].results), look.running)
 
-    def results(self) -> list[EpisodeResult]:
-        """The finished episodes of all stages, in no particular order."""
-        return [result for slots in self._stages for result in slots.results]
+    def results_since(self, stage: int, known: int) -> list[EpisodeResult]:
+        """The episodes that ``stage`` has finished after its first ``known`` ones, in the order they finished."""
+        return self._stages[stage].results[known:]
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent since ``start`` on reset, simulate and render."""

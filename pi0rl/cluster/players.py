@@ -71,7 +71,7 @@ class Players:
         for started in [rollout.start.remote() for rollout in self._rollouts]:
             fetch(started, "a rollout worker")
         self._cells = [
-            Cell(env, self._rollouts[index % len(self._rollouts)], index, stage)
+            Cell(env, self._rollouts[index % len(self._rollouts)], stage)
             for stage in range(config.stages)
             for index, env in enumerate(self._envs)
         ]
@@ -87,12 +87,12 @@ class Players:
         noise: NoiseKey,
         mode: Literal["train", "eval"],
         record: frozenset[int] = frozenset(),
-        on_episodes: Callable[[int], None] = lambda finished: None,
+        on_results: Callable[[Sequence[EpisodeResult]], None] = lambda results: None,
     ) -> list[EpisodeResult]:
-        """Play every row of ``plan`` once; results in plan order."""
+        """Play every row of ``plan`` once; results in plan order, and through ``on_results`` as episodes finish."""
         for done in [rollout.begin.remote(noise, mode) for rollout in self._rollouts]:
             fetch(done, "a rollout worker")
-        return play(self._cells, plan, record, on_episodes)
+        return play(self._cells, plan, record, on_results)
 
     def trajectories(self, plan: Sequence[Episode], rewards: RewardConfig, max_episode_steps: int) -> list[Any]:
         """References to the trajectories of the plan just played, one list per rollout worker."""

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, WorkerFailed
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult
 
@@ -27,7 +27,6 @@ class Cell:
 
     env: Any
     rollout: Any
-    env_index: int
     stage: int
 
 
@@ -35,7 +34,7 @@ def play(
     cells: Sequence[Cell],
     rows: Sequence[Episode],
     record: frozenset[int] = frozenset(),
-    on_episodes: Callable[[int], None] = lambda finished: None,
+    on_results: Callable[[Sequence[EpisodeResult]], None] = lambda results: None,
 ) -> list[EpisodeResult]:
     """Play every row once; returns the results in plan order.
 
@@ -43,14 +42,16 @@ def play(
         cells: who plays; row i goes to cell i modulo their number.
         rows: the plan.
         record: plan indices whose video is kept.
-        on_episodes: called now and then with the number of episodes finished so far.
+        on_results: called with episodes as they finish.
 
     Raises:
-        UserError: a worker died, was silent for too long, or not every row was completed.
+        WorkerFailed: a worker died or was silent for too long.
+        UserError: not every row was completed.
     """
     shares = [rows[index :: len(cells)] for index in range(len(cells))]
     finished = [0] * len(cells)
-    pending: dict[Any, tuple[int, Any]] = {}
+    results: list[EpisodeResult] = []
+    pending: dict[Any, tuple[int, Any]] = {}  # with a look: a chunk; without: episodes that a chunk finished
 
     def submit(index: int, refs: Sequence[Any]) -> None:
         look, status = refs
@@ -59,18 +60,22 @@ def play(
     for index, (cell, share) in enumerate(zip(cells, shares, strict=True)):
         submit(index, cell.env.start.options(num_returns=2).remote(cell.stage, share, record))
     while pending:
-        status = wait_for(list(pending), "the env workers' next chunk")
-        index, look = pending.pop(status)
-        finished[index], running = fetch(status, "an env worker")
-        on_episodes(sum(finished))
+        ref = wait_for(list(pending), "the env workers' next chunk")
+        index, look = pending.pop(ref)
         cell = cells[index]
+        if look is None:
+            results += (fresh := fetch(ref, "an env worker"))
+            on_results(fresh)
+            continue
+        count, running = fetch(ref, "an env worker")
+        if count > finished[index]:
+            pending[cell.env.results_since.remote(cell.stage, finished[index])] = (index, None)
+            finished[index] = count
         actions = cell.rollout.act.remote(look)
         if running:
             submit(index, cell.env.step.options(num_returns=2).remote(cell.stage, actions))
         else:
             fetch(actions, "the rollout worker")  # it takes in the outcome of the last chunk
-    envs = {cell.env_index: cell.env for cell in cells}
-    results = [result for env in envs.values() for result in fetch(env.results.remote(), "an env worker")]
     return _complete(results, rows)
 
 
@@ -86,10 +91,10 @@ def _complete(results: list[EpisodeResult], rows: Sequence[Episode]) -> list[Epi
 
 
 def wait_for(refs: list[Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
-    """The first of ``refs`` that is ready; a UserError that names ``what`` after ``seconds`` of silence."""
+    """The first of ``refs`` that is ready; a WorkerFailed that names ``what`` after ``seconds`` of silence."""
     ready, _ = ray.wait(refs, num_returns=1, timeout=seconds, fetch_local=False)
     if not ready:
-        raise UserError(f"waited {seconds:.0f} s for {what}; is a worker stuck? Run the same command to resume")
+        raise WorkerFailed(f"waited {seconds:.0f} s for {what}; is a worker stuck? Run the same command to resume")
     return ready[0]
 
 
@@ -103,4 +108,4 @@ def fetch(ref: Any, what: str, seconds: float = WAIT_SECONDS) -> Any:
         raise
     except RayActorError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{what} died ({reason}); run the same command to go on from the last checkpoint") from error
+        raise WorkerFailed(f"{what} died ({reason}); run the same command to go on from the last checkpoint") from error

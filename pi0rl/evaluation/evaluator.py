@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
+from pi0rl.errors import WorkerFailed
+from pi0rl.evaluation.completeness import MAX_ERROR_SHARE, one_line
 from pi0rl.evaluation.journal import Journal
 from pi0rl.evaluation.protocols import Protocol, experiment_protocol
 from pi0rl.evaluation.table import Row, episode_row
@@ -17,8 +19,13 @@ from pi0rl.libero.video import VideoConfig, write_video
 from pi0rl.params import Params
 from pi0rl.progress import Progress
 
+# An episode without an outcome is played this often before that is what the table says of it.
+ATTEMPTS = 3
 # Recorded failures per kind and policy, for the gallery of a report.
 FAILURES_PER_KIND = 2
+
+# Split, seed, plan index.
+EpisodeKey = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -114,38 +121,82 @@ class _Examination:
         self._exam, self._policy, self._journal, self._recording = exam, policy, journal, recording
         self._plans = {(split, seed): exam.plan(split) for split in exam.splits for seed in exam.seeds}
         self._done = {(row["split"], row["seed"], row["index"]) for row in self._rows()}
-        self._progress = Progress(f"evaluate {policy}", sum(map(len, self._plans.values())), "episode", len(self._done))
+        self._failed: Counter[EpisodeKey] = Counter()
+        self._at_hand: list[EpisodeKey] = []
+        self._progress = Progress(f"evaluate {policy}", self._planned, "episode", len(self._done))
+
+    @property
+    def _planned(self) -> int:
+        return sum(map(len, self._plans.values()))
 
     def run(self, open_play: Callable[[int], AbstractContextManager[Play]]) -> None:
         rules = {suite: self._exam.protocol.rule(suite) for suite in self._exam.suites}
         for replan_steps in sorted({rule.replan_steps for rule in rules.values()}):
             suites = {suite for suite, rule in rules.items() if rule.replan_steps == replan_steps}
-            missing = {
-                (split, seed): [
-                    row for row in plan if row.suite in suites and (split, seed, row.index) not in self._done
-                ]
-                for (split, seed), plan in self._plans.items()
-            }
-            if not any(missing.values()) and not self._failures(suites):
-                continue
-            with open_play(replan_steps) as play:
-                for (split, seed), rows in missing.items():
-                    self._play(play, split, seed, rows, self._recording.episodes)
-                self._record_failures(play, self._failures(suites))
+            share = self._planned
+            while self._missing(suites) or self._failures(suites):
+                self._at_hand = []
+                try:
+                    with open_play(replan_steps) as play:
+                        self._play_missing(play, suites, share)
+                        self._record_failures(play, self._failures(suites))
+                    break
+                except WorkerFailed as failure:
+                    share = self._smaller_share(failure)
 
     def _rows(self) -> list[Row]:
         return self._journal.rows(self._policy)
 
+    def _missing(self, suites: set[str]) -> dict[tuple[str, int], list[Episode]]:
+        """Episodes of ``suites`` without an outcome, by split and seed, where there are any."""
+        missing = {
+            (split, seed): [row for row in plan if row.suite in suites and (split, seed, row.index) not in self._done]
+            for (split, seed), plan in self._plans.items()
+        }
+        return {key: rows for key, rows in missing.items() if rows}
+
+    def _play_missing(self, play: Play, suites: set[str], share: int) -> None:
+        """Play what is missing, ``share`` episodes at a time, until all have an outcome or were tried often enough."""
+        while missing := self._missing(suites):
+            for (split, seed), rows in missing.items():
+                for first in range(0, len(rows), share):
+                    self._play(play, split, seed, rows[first : first + share], self._recording.episodes)
+
+    def _smaller_share(self, failure: WorkerFailed) -> int:
+        """How many episodes to play at a time after a worker failed: ever fewer, until one is known to be at fault.
+
+        Raises:
+            WorkerFailed: nothing was at hand that could be left out, or too much would be.
+        """
+        left = [key for key in self._at_hand if key not in self._done]
+        if not left:
+            raise failure
+        if len(left) > 1:
+            return max(1, len(left) // 2)
+        self._failed[left[0]] += 1
+        if self._failed[left[0]] < ATTEMPTS:
+            return 1
+        split, seed, index = left[0]
+        episode = self._plans[split, seed][index]
+        result = EpisodeResult(index, success=False, steps=0, final_state="", error=one_line(str(failure)))
+        self._journal.add(episode_row(self._policy, self._exam.protocol.hash, seed, episode, result, ""))
+        self._done.add(left[0])
+        if sum(bool(row["error"]) for row in self._rows()) > MAX_ERROR_SHARE * self._planned:
+            raise failure  # no conclusion could be drawn, so the rest need not be played
+        return self._planned
+
     def _play(self, play: Play, split: str, seed: int, rows: Sequence[Episode], record: frozenset[int]) -> None:
-        if not rows:
-            return
         episodes = {row.index: row for row in rows}
+        self._at_hand = [(split, seed, index) for index in episodes]
 
         def on_results(results: Sequence[EpisodeResult]) -> None:
             before = len(self._done)
             for result in results:
-                self._add(seed, episodes[result.index], result)
-                self._done.add((split, seed, result.index))
+                key = (split, seed, result.index)
+                self._failed[key] += result.error is not None
+                if result.error is None or self._failed[key] >= ATTEMPTS:
+                    self._add(seed, episodes[result.index], result)
+                    self._done.add(key)
             if len(self._done) > before:  # not where failures are only recorded
                 successes = sum(row["success_once"] for row in self._rows())
                 self._progress.update(len(self._done), f"{successes}/{len(self._done)} successful")
@@ -179,4 +230,5 @@ class _Examination:
         """Play them again with a camera: the noise is keyed by episode, so they take the same course."""
         for (split, seed), plan in self._plans.items():
             indices = frozenset(row["index"] for row in failed if (row["split"], row["seed"]) == (split, seed))
-            self._play(play, split, seed, [plan[index] for index in sorted(indices)], indices)
+            if indices:
+                self._play(play, split, seed, [plan[index] for index in sorted(indices)], indices)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from ray.exceptions import RayTaskError
 
 from pi0rl.cluster.loop import EVALUATION_STREAM
 from pi0rl.cluster.placement import resolve_placement
 from pi0rl.cluster.players import Players, PlayersConfig
 from pi0rl.cluster.rollout_worker import NoiseKey
-from pi0rl.cluster.session import available_gpus, ray_session
+from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.cluster.setup import players_config
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, WorkerFailed
 from pi0rl.evaluation.evaluator import Play
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult
@@ -30,7 +33,7 @@ def evaluation_players(params: Params, checkpoint: Path) -> Iterator[Players]:
 def players(cluster: ClusterParams, config: PlayersConfig, checkpoint: Path) -> Iterator[Players]:
     """Players in a Ray session of their own."""
     with ray_session(cluster, config.workers):
-        yield Players(config, resolve_placement(cluster, available_gpus()), checkpoint)
+        yield Players(config, resolve_placement(cluster, gpus_per_node()), checkpoint)
 
 
 @contextmanager
@@ -44,7 +47,11 @@ def open_play(cluster: ClusterParams, config: PlayersConfig, checkpoint: Path) -
             record: frozenset[int],
             on_results: Callable[[Sequence[EpisodeResult]], None],
         ) -> None:
-            on_results(opened.play(rows, NoiseKey(seed, EVALUATION_STREAM, 0), "eval", record))
+            try:
+                opened.play(rows, NoiseKey(seed, EVALUATION_STREAM, 0), "eval", record, on_results)
+            except RayTaskError as error:
+                print(error, file=sys.stderr)  # where it happened; the journal and the table hold the reason alone
+                raise WorkerFailed(f"a worker failed ({error.cause!r})") from error
 
         yield play
 
