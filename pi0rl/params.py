@@ -85,10 +85,14 @@ class SftParams(Section):
 
 
 class ClusterParams(Section):
-    """Where components run: ``env: 0-3``, ``env,rollout,actor: all``, or ``cpu`` on a machine without GPUs."""
+    """Where components run: ``env: 0-3``, ``env,rollout,actor: all``, or ``cpu`` on a machine without GPUs.
+
+    GPUs are numbered through all nodes; ``env: {node_group: node, placement: 0-1}`` means these nodes' cores.
+    ``address``: a running Ray (``host:port`` or ``auto``); left out, one is started here for every stage.
+    """
 
     num_nodes: Positive = 1
-    component_placement: dict[str, str | int] = {"env": "cpu", "rollout": "cpu", "actor": "cpu"}
+    component_placement: dict[str, str | int | dict[str, str | int]] = {"env": "cpu", "rollout": "cpu", "actor": "cpu"}
     address: str | None = None
 
 

@@ -79,7 +79,7 @@ def make_plan(params: Params, gpus: int, gpu_gib: float, main_gib: float) -> Pla
     Raises:
         UserError: a placement that this machine does not have.
     """
-    placement = resolve_placement(params.cluster, gpus)
+    placement = resolve_placement(params.cluster, (gpus,))
     memory = predict(memory_config(params, placement))
     lines = [*_policy_lines(params, placement, memory), *_main_lines(params)]
     capacity = {_gpu(gpu): gpu_gib * GIB for gpu in sorted({*placement.rollout, *placement.actor})}
@@ -233,7 +233,8 @@ def print_plan(name: str, params: Params, gpus: int | None, gpu_gib: float | Non
 
 def _named_gpus(params: Params) -> int:
     """As many as the highest number in the placement asks for; one for ``all``."""
-    places = [str(value) for value in params.cluster.component_placement.values() if value != "cpu"]
+    entries = params.cluster.component_placement.values()
+    places = [str(value) for value in entries if value != "cpu" and not isinstance(value, dict)]
     return max((int(number) + 1 for place in places for number in re.findall(r"\d+", place)), default=len(places[:1]))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pi0rl.cluster.loop import Iteration, iteration_plan, train
-from pi0rl.cluster.placement import Placement, resolve_placement
+from pi0rl.cluster.placement import Placement
 from pi0rl.cluster.players import Players
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import ray_session
@@ -99,30 +99,3 @@ def test_every_iteration_has_a_plan_of_its_own() -> None:
     assert first == iteration_plan(config, 0)
     assert [row.init_state_id for row in first] != [row.init_state_id for row in second]
     assert {row.task_id for row in first} == set(range(10))
-
-
-@pytest.mark.parametrize(
-    ("placement", "expected"),
-    [
-        ({"env": "0-3", "rollout": "4-7", "actor": "0"}, Placement((0, 1, 2, 3), (4, 5, 6, 7), (0,))),
-        ({"env,rollout": "0,2-3", "actor": 7}, Placement((0, 2, 3), (0, 2, 3), (7,))),
-        ({"env,rollout,actor": "cpu"}, CPU),
-    ],
-)
-def test_placements_as_published(placement: dict[str, str | int], expected: Placement) -> None:
-    assert resolve_placement(ClusterParams(component_placement=placement), available_gpus=8) == expected
-
-
-@pytest.mark.parametrize(
-    ("placement", "message"),
-    [
-        ({"env": "cpu", "rolout": "cpu", "actor": "cpu"}, "rolout: unknown component"),
-        ({"env": "cpu", "rollout": "cpu"}, "no place for actor"),
-        ({"env": "cpu", "rollout": "8", "actor": "cpu"}, "this cluster has GPUs 0-7"),
-        ({"env": "cpu", "rollout": "3-1", "actor": "cpu"}, "not a placement"),
-        ({"env": "cpu", "rollout": "1,1", "actor": "cpu"}, "twice"),
-    ],
-)
-def test_impossible_placements_are_refused(placement: dict[str, str | int], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        resolve_placement(ClusterParams(component_placement=placement), available_gpus=8)

@@ -7,8 +7,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from pi0rl.cluster.preflight import refuse_silent_address
 from pi0rl.errors import UserError
 from pi0rl.params import ClusterParams
 
@@ -27,12 +29,26 @@ WORKER_ENVIRONMENT = {
     "NUMBA_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what CUDA needs for deterministic matrix products
+    # every worker sees all GPUs of its node and takes the one that the placement names
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 
 
+@dataclass(frozen=True)
+class Node:
+    """A machine of the Ray session: Ray's name for it, its address, its GPUs and cores."""
+
+    identity: str
+    address: str
+    gpus: int
+    cores: float
+
+
 @contextmanager
-def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
+def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = None) -> Iterator[None]:
     """Ray with room for ``cpus`` env workers: a local one on loopback, or the running one at ``cluster.address``.
+
+    A local one has this machine's GPUs, or ``logical_gpus`` that are only counted.
 
     Raises:
         UserError: ``cluster.address`` does not answer, or it has fewer nodes than ``cluster.num_nodes``.
@@ -40,6 +56,7 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     if cluster.address:
+        refuse_silent_address(cluster.address)
         try:
             ray.init(address=cluster.address, **options)
         except ConnectionError as error:
@@ -47,10 +64,10 @@ def ray_session(cluster: ClusterParams, cpus: int) -> Iterator[None]:
                 f"cluster.address {cluster.address}: no Ray answers there; run `ray start --head` on that node first"
             ) from error
     else:
-        _start_local(cpus, options)
+        _start_local(cpus, options | {"num_gpus": logical_gpus})
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own handler there, which ends the process unheard
     try:
-        nodes = sum(node["Alive"] for node in ray.nodes())
+        nodes = len(cluster_nodes())
         if nodes < cluster.num_nodes:
             raise UserError(
                 f"cluster.num_nodes is {cluster.num_nodes} but Ray has {nodes}; run `ray start --address ...` on the "
@@ -70,6 +87,22 @@ def _start_local(cpus: int, options: dict[str, Any]) -> None:
         raise UserError(f"Ray did not start ({reason}); is the machine overloaded or /tmp full? Try again") from error
 
 
-def available_gpus() -> int:
-    """GPUs of the running Ray session."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def cluster_nodes() -> tuple[Node, ...]:
+    """The living nodes, in the order in which placements number them: this one, then the others by address."""
+    own = ray.get_runtime_context().get_node_id()
+    nodes = [
+        Node(
+            identity=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            gpus=int(node["Resources"].get("GPU", 0)),
+            cores=float(node["Resources"].get("CPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return tuple(sorted(nodes, key=lambda node: (node.identity != own, node.address, node.identity)))
+
+
+def gpus_per_node() -> tuple[int, ...]:
+    """GPUs of every node of the running session."""
+    return tuple(node.gpus for node in cluster_nodes())

@@ -8,7 +8,7 @@ from pathlib import Path
 from pi0rl.cluster.loop import Iteration
 from pi0rl.cluster.loop import train as run_loop
 from pi0rl.cluster.placement import resolve_placement
-from pi0rl.cluster.session import available_gpus, ray_session
+from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.cluster.setup import critic_config, loop_config, noise_config, players_config
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment
@@ -48,7 +48,7 @@ def _run_loop(experiment: Experiment, start: Path) -> Path:
     params, folder = experiment.params, experiment.stage_dir("train")
     config = loop_config(params)
     with ray_session(params.cluster, params.env.train.workers), MetricsWriter(experiment) as writer:
-        placement = resolve_placement(params.cluster, available_gpus())
+        placement = resolve_placement(params.cluster, gpus_per_node())
 
         def on_iteration(iteration: Iteration) -> None:
             writer.write(iteration.number, iteration.metrics, iteration.timing)
