@@ -142,7 +142,8 @@ class ModelParams(Section):
     """Which pi0; C = ``num_action_chunks`` of the predicted horizon are executed, K = ``num_steps`` denoising steps.
 
     ``precision``: ``bf16`` keeps the towers' weights without their norms in bfloat16, as openpi and RLinf do; left out,
-    weights stay as the checkpoint has them.
+    weights stay as the checkpoint has them. ``is_lora``: beside the action expert, train adapters of ``lora_rank`` on
+    the VLM's linear layers, whatever ``openpi.train_expert_only`` says; saved policies hold merged weights.
     """
 
     variant: Literal["tiny", "pi0", "pi05"] = "pi0"
@@ -150,6 +151,8 @@ class ModelParams(Section):
     num_steps: Positive = 4
     action_dim: Positive = 7
     precision: Literal["fp32", "bf16"] | None = None
+    is_lora: bool = False
+    lora_rank: Positive = 32
 
 
 @dataclass(frozen=True, config=STRICT)

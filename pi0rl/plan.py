@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from pi0rl.cluster.actor_worker import PREFIX_CACHE_BYTES
 from pi0rl.cluster.placement import Placement, resolve_placement
 from pi0rl.cluster.setup import critic_config, noise_config, sampler_config
 from pi0rl.libero.suites import suite_tasks
@@ -105,6 +106,7 @@ def memory_config(params: Params, placement: Placement) -> MemoryConfig:
         micro_batch=params.actor.micro_batch_size,
         language=config.max_token_len if whole_prompt else min(config.max_token_len, _language(params)),
         gpu=bool(placement.actor),
+        lora_rank=model.lora_rank if model.is_lora else None,
     )
 
 
@@ -127,12 +129,33 @@ def _policy_lines(params: Params, placement: Placement, memory: PolicyMemory) ->
             lines.append(Line(device, "rollout", cache, memory.look, in_turn=True))
         if "actor" in sharers:
             batch = f"micro batch of {params.actor.micro_batch_size}, of it keys and values {_gib(memory.update_cache)}"
+            kept = _kept_prefixes(params, memory)
+            batch += f"; prefixes kept for all epochs {_gib(kept)}" if kept else ""
             lines += [
                 Line(device, "actor", "gradients", memory.gradients),
                 Line(device, "actor", "AdamW's moments", memory.optimizer),
-                Line(device, "actor", batch, memory.update, in_turn=True),
+                Line(device, "actor", batch, max(2 * kept, kept + memory.update), in_turn=True),  # 2: while joined
             ]
     return lines
+
+
+def _kept_prefixes(params: Params, memory: PolicyMemory) -> float:
+    """Bytes of a frozen prefix's keys and values that the actor keeps for an update, at most."""
+    if not params.openpi.train_expert_only or params.actor.model.is_lora:
+        return 0.0
+    of_one = memory.update_cache / params.actor.micro_batch_size
+    if of_one * _episodes(params) > PREFIX_CACHE_BYTES:  # too much even if every episode ended at once
+        return 0.0
+    return min(of_one * _episodes(params) * _looks(params), PREFIX_CACHE_BYTES)
+
+
+def _episodes(params: Params) -> int:
+    return params.env.train.total_num_envs * params.algorithm.rollout_epoch
+
+
+def _looks(params: Params) -> int:
+    """Of an episode, at most."""
+    return math.ceil(params.env.train.max_episode_steps / params.actor.model.num_action_chunks)
 
 
 def _main_lines(params: Params) -> list[Line]:
@@ -142,14 +165,13 @@ def _main_lines(params: Params) -> list[Line]:
     tasks = sum(len(suite_tasks(suite)) for suite in params.suites)
     scenes = min(tasks, MOST_SCENES) if env.render_profile == "reference" else tasks
     worker = ENV_PROCESS + SCENE[env.render_profile] * scenes
-    looks = math.ceil(train.max_episode_steps / model.num_action_chunks)
-    episodes = train.total_num_envs * params.algorithm.rollout_epoch
+    looks = _episodes(params) * _looks(params)
     pi0 = {"tiny": TINY, "pi0": PI0, "pi05": PI05}[model.variant]
     chain = 4 * (model.num_steps + 1) * pi0.action_horizon * pi0.action_dim
-    stored = episodes * looks * (2 * 3 * env.camera_size**2 + chain)
+    stored = looks * (2 * 3 * env.camera_size**2 + chain)
     return [
         Line(MAIN, "env", f"{train.workers} workers with {scenes} scenes each", train.workers * worker),
-        Line(MAIN, "rollout", f"pictures and chains of at most {episodes * looks} looks", stored),
+        Line(MAIN, "rollout", f"pictures and chains of at most {looks} looks", stored),
         Line(MAIN, "actor", "the same, joined for the update", stored),
         Line(MAIN, "rollout", "process", TORCH_PROCESS),
         Line(MAIN, "actor", "process", TORCH_PROCESS),
@@ -164,13 +186,15 @@ def remedies(params: Params, plan: Plan, gpus: int, gpu_gib: float, main_gib: fl
         tried["actor.micro_batch_size"] = max(1, params.actor.micro_batch_size // 8)
         tried["actor.model.precision"] = "bf16"
         tried["openpi.train_expert_only"] = True
+        tried["actor.model.is_lora"] = not params.actor.model.is_lora
     if MAIN in plan.too_full:
         tried["env.render_profile"] = "fast"
         tried["env.train.workers"] = math.ceil(params.env.train.workers / 2)
         tried["algorithm.rollout_epoch"] = max(1, params.algorithm.rollout_epoch // 4)
     changes = {key: value for key, value in tried.items() if _with(params, {key: value}) != params}
+    together = {key: value for key, value in changes.items() if (key, value) != ("actor.model.is_lora", True)}
     found = []
-    for chosen in [{key: value} for key, value in changes.items()] + ([changes] if len(changes) > 1 else []):
+    for chosen in [{key: value} for key, value in changes.items()] + ([together] if len(together) > 1 else []):
         other = make_plan(_with(params, chosen), gpus, gpu_gib, main_gib)
         if any(other.total(device) < plan.total(device) for device in plan.too_full):
             found.append((" ".join(f"{key}={str(value).lower()}" for key, value in chosen.items()), other))
@@ -214,12 +238,12 @@ def print_plan(name: str, params: Params, gpus: int | None, gpu_gib: float | Non
             as many of them as they name, with 80 GiB each and 1000 GiB of main memory.
     """
     found = torch.cuda.device_count()
-    here = found or not _named_gpus(params)
+    here = found or not named_gpus(params)
     if gpu_gib is None:
         gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB if found else USUAL_GPU_GIB
     if main_gib is None:
         main_gib = psutil.virtual_memory().total / GIB if here else USUAL_MAIN_GIB
-    machine = (gpus or found or _named_gpus(params), gpu_gib, main_gib)
+    machine = (gpus or found or named_gpus(params), gpu_gib, main_gib)
     plan = make_plan(params, *machine)
     print(describe(name, params, plan))
     if not plan.too_full:
@@ -231,7 +255,7 @@ def print_plan(name: str, params: Params, gpus: int | None, gpu_gib: float | Non
     return 1
 
 
-def _named_gpus(params: Params) -> int:
+def named_gpus(params: Params) -> int:
     """As many as the highest number in the placement asks for; one for ``all``."""
     entries = params.cluster.component_placement.values()
     places = [str(value) for value in entries if value != "cpu" and not isinstance(value, dict)]

@@ -10,9 +10,11 @@ import torch
 from pi0rl.observation import Observation
 from pi0rl.policy.config import TINY
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.lora import LoraConfig, add_lora
 from pi0rl.policy.policy import Policy, create_policy
 from pi0rl.policy.processing import mean_std, tiny_processing
 from pi0rl.policy.sampling import SamplerConfig, SamplingNoise, episode_noise, stack_noise
+from pi0rl.policy.transformer import AdaptiveRMSNorm
 
 PROMPTS = (
     "pick up the alphabet soup and place it in the basket",
@@ -31,7 +33,21 @@ def make_policy(
     config = replace(TINY, pi05=pi05)
     policy = create_policy(config, tiny_processing(config, *norms, PROMPTS), 0, critic, exploration)
     # Fresh policies predict no velocity at all; these tests need one that depends on what it sees.
-    torch.nn.init.normal_(policy.model.action_out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(policy.model.action_out_proj.weight, std=0.1, generator=generator)
+    for module in policy.modules():
+        if isinstance(module, AdaptiveRMSNorm):  # pi0.5 starts with closed gates: its expert would see nothing
+            torch.nn.init.normal_(module.dense.weight, std=0.1, generator=generator)
+    return policy
+
+
+def with_random_adapters(policy: Policy, rank: int = 4) -> Policy:
+    """``policy`` itself with adapters that do something: fresh ones change nothing."""
+    add_lora(policy, LoraConfig(rank, seed=0))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in policy.named_weights().items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     return policy
 
 

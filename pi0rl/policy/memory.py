@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pi0rl.policy.config import Pi0Config
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.model import ModelInputs, Prefix
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.precision import Precision, materialise
@@ -38,6 +39,7 @@ class MemoryConfig:
         micro_batch: samples per forward and backward pass.
         language: language positions that are computed.
         gpu: whether the optimiser steps all weights at once, as it does there.
+        lora_rank: of adapters on the VLM; None without.
     """
 
     model: Pi0Config
@@ -51,6 +53,7 @@ class MemoryConfig:
     micro_batch: int
     language: int
     gpu: bool
+    lora_rank: int | None = None
 
     @property
     def cameras(self) -> int:
@@ -142,7 +145,7 @@ def _policy(config: MemoryConfig) -> Policy:
     with torch.device("meta"):
         policy = Policy(config.model, processing, config.critic, config.exploration)
     materialise(policy, config.precision)
-    return policy
+    return with_lora(policy, None if config.lora_rank is None else LoraConfig(config.lora_rank, seed=0))
 
 
 def _inputs(config: MemoryConfig, batch: int) -> ModelInputs:
@@ -177,7 +180,7 @@ def _update(policy: Policy, trained: list[nn.Parameter], config: MemoryConfig) -
     inds = torch.zeros(batch, kept, dtype=torch.int64)
     with LiveBytes(policy) as counter:
         inputs = _inputs(config, batch)
-        with torch.set_grad_enabled(not config.train_expert_only):
+        with torch.set_grad_enabled(policy.trains_prefix(config.train_expert_only)):
             prefix = policy.full_prefix(inputs)
         evaluation = evaluate_chains(policy, prefix, chains, inds, config.sampler)
         (evaluation.log_probs.mean() + evaluation.values.mean() + evaluation.entropy.mean()).backward()

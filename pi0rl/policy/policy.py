@@ -15,6 +15,7 @@ from pi0rl.policy.precision import materialise
 from pi0rl.policy.processing import Processing
 
 FROZEN_PREFIX = "paligemma_with_expert.paligemma."
+ADAPTER = ".lora_"
 
 
 class Policy(nn.Module):
@@ -24,6 +25,7 @@ class Policy(nn.Module):
         model: the network.
         value_head, noise_head: None where their configuration is None.
         processing: observations to inputs, and outputs to actions.
+        lora_rank: of the adapters that ``lora.add_lora`` put on the VLM; None without.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Policy(nn.Module):
         self.model = Pi0(config)
         self.value_head = _value_head(config, critic)
         self.noise_head = _noise_head(config, exploration)
+        self.lora_rank: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -87,14 +90,20 @@ class Policy(nn.Module):
         """All parameters under openpi's and RLinf's names (the network's without ``model.``)."""
         return {name.removeprefix("model."): parameter for name, parameter in self.named_parameters()}
 
+    def trains_prefix(self, train_expert_only: bool) -> bool:
+        """Whether what the prefix is computed with is trained: the VLM, or adapters on it."""
+        return not train_expert_only or self.lora_rank is not None
+
     def trainable_parameters(self, train_expert_only: bool) -> dict[str, nn.Parameter]:
         """Select what is trained and freeze the rest; returns the selected, named as in ``named_weights``.
 
-        ``train_expert_only``: everything except the VLM (``paligemma_with_expert.paligemma.*``).
+        ``train_expert_only``: everything except the VLM (``paligemma_with_expert.paligemma.*``). A VLM with adapters is
+        always frozen, and the adapters are always trained.
         """
+        frozen = train_expert_only or self.lora_rank is not None
         chosen = {}
         for name, parameter in self.named_weights().items():
-            parameter.requires_grad_(not (train_expert_only and name.startswith(FROZEN_PREFIX)))
+            parameter.requires_grad_(ADAPTER in name or not (frozen and name.startswith(FROZEN_PREFIX)))
             if parameter.requires_grad:
                 chosen[name] = parameter
         return chosen

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pi0rl.errors import UserError
+from pi0rl.policy.lora import merged_state
 from pi0rl.policy.policy import Policy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,8 +116,9 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def policy_tensors(policy: Policy) -> dict[str, Tensor]:
-    """The policy's tensors under openpi's and RLinf's names, on the CPU."""
-    return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in policy.state_dict().items()}
+    """The policy's tensors under openpi's and RLinf's names, on the CPU; adapters are merged."""
+    state = policy.state_dict() if policy.lora_rank is None else merged_state(policy)
+    return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in state.items()}
 
 
 def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path) -> None:
