@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from projects import ROOT, make_project
 
 from pi0rl.errors import UserError
 from pi0rl.experiment import freeze, open_experiment
-from pi0rl.report.sweep import Finished, write_sweep_report
 from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep
 
 SWEEPS = sorted(path.stem for path in (ROOT / "params" / "sweeps").glob("*.yaml"))
@@ -90,25 +87,3 @@ def _expand(name: str) -> None:
     sweep = load_sweep(name)
     for point in grid_points(sweep):
         experiments(name, sweep, point)
-
-
-def test_the_comparison_holds_every_point(tmp_path: Path) -> None:
-    points = []
-    for seed, (before, after) in enumerate([(50, 79), (43, 41)]):
-        folder = tmp_path / f"seed{seed}"
-        folder.mkdir()
-        rows = [
-            {"policy": name, "suite": "libero_object", "k": k, "n": 100, "wilson": [0.3, 0.6]}
-            for name, k in (("sft", before), ("ppo", after))
-        ]
-        test = {"before": "sft", "after": "ppo", "suite": "libero_object", "change": 0.29, "n": 100, "mcnemar_p": 0.02}
-        (folder / "results.json").write_text(json.dumps({"rows": rows, "comparisons": [test]}))
-        points.append(Finished(folder.name, {"actor.optim.lr": 1e-4 * (1 + seed), "seed": seed}, folder))
-    target = write_sweep_report("s", points, tmp_path / "report")
-    table = pd.read_csv(target / "comparison.csv")
-    assert table["after"].tolist() == [0.79, 0.41]
-    assert table["p_holm"].tolist() == [0.04, 0.04]
-    page = (target / "index.html").read_text()
-    assert "79.0 %" in page
-    assert page.count("<svg") == 2
-    assert "| seed0 | 0.0001 |" in (target / "report.md").read_text()

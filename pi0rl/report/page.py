@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi0rl import provenance
 from pi0rl.errors import UserError
@@ -19,10 +17,11 @@ from pi0rl.evaluation.protocols import experiment_protocol
 from pi0rl.files import replace_directory
 from pi0rl.report import plots
 from pi0rl.report.changes import params_changes
-from pi0rl.report.costs import duration, effort, throughput, training_time
+from pi0rl.report.costs import effort, throughput, training_time
 from pi0rl.report.inputs import Run, read_run
 from pi0rl.report.seeds import read_siblings, summarise_seeds
-from pi0rl.report.tables import FAILURE_KINDS, POLICY_LABELS, SPLIT_LABELS, Summary, suite_label, summarise
+from pi0rl.report.tables import FAILURE_KINDS, Summary, summarise
+from pi0rl.report.templates import environment
 from pi0rl.report.videos import Failure, Pair, choose_failures, choose_pairs
 
 # The page stays below 20 MB; base64 makes 4 bytes of 3.
@@ -69,9 +68,21 @@ def results(run: Run, summary: Summary) -> dict[str, object]:
         "comparisons": [asdict(comparison) for comparison in summary.comparisons],
         "regressions": [asdict(comparison) for comparison in summary.regressions],
         "tasks": [asdict(task) for task in summary.tasks],
+        "protocol": experiment_protocol(run.params).hash,
         "params_sha256": provenance.text_hash(run.params_text),
         "checkpoints_sha256": provenance.checkpoint_hashes(run.directory),
     }
+
+
+def metrics(summary: Summary) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """The content of ``metrics.json``, numbers alone, for ``dvc metrics diff``: split -> policy -> suite."""
+    success: dict[str, dict[str, dict[str, float]]] = {}
+    change: dict[str, dict[str, dict[str, float]]] = {}
+    for row in summary.rows:
+        success.setdefault(row.split, {}).setdefault(row.policy, {})[row.suite] = row.rate
+    for test in summary.comparisons:
+        change.setdefault(test.split, {}).setdefault(test.after, {})[test.suite] = test.change
+    return {"success": success, "change": change}
 
 
 def _write_files(
@@ -80,6 +91,7 @@ def _write_files(
     numbers = results(run, summary)
     facts = _facts(run, experiment)
     _write_json(folder / "results.json", numbers)
+    _write_json(folder / "metrics.json", metrics(summary))
     _write_json(folder / "run.json", facts)
     pairs, failures = _chosen_videos(run, summary, folder / "videos")
     curves = [(each.sft_metrics, each.metrics) for each in (run, *siblings)]
@@ -109,9 +121,8 @@ def _write_files(
         "charts": charts,
         "curves": plots.learning_charts(curves),
     }
-    environment = _environment()
     for template, name in (("report.md.jinja", "report.md"), ("page.html.jinja", "index.html")):
-        (folder / name).write_text(environment.get_template(template).render(context), encoding="utf-8")
+        (folder / name).write_text(environment().get_template(template).render(context), encoding="utf-8")
 
 
 def _chosen_videos(run: Run, summary: Summary, folder: Path) -> tuple[tuple[Pair, ...], dict[str, tuple[Failure, ...]]]:
@@ -131,21 +142,6 @@ def _chosen_videos(run: Run, summary: Summary, folder: Path) -> tuple[tuple[Pair
     return pairs, failures
 
 
-def percent(rate: float) -> str:
-    """0.834 -> '83.4 %'."""
-    return f"{100 * rate:.1f} %"
-
-
-def points(change: float) -> str:
-    """0.28 -> '+28.0'; a true minus sign for a loss, and no sign for none."""
-    return f"{100 * change:+.1f}".replace("-", "−") if change else "0"
-
-
-def p_value(p: float) -> str:
-    """0.0312 -> '0.031', 8.1e-7 -> '8.1e-07'."""
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
-
-
 def _facts(run: Run, experiment: str) -> dict[str, object]:
     commit = provenance.commit(Path(__file__).resolve().parents[2])
     return {
@@ -158,35 +154,7 @@ def _facts(run: Run, experiment: str) -> dict[str, object]:
     }
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pi0rl", "report"),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "points": points,
-        "p_value": p_value,
-        "duration": duration,
-        "policy": lambda name: POLICY_LABELS.get(name, name),
-        "suite": suite_label,
-        "split": lambda name: SPLIT_LABELS.get(name, name),
-        "plain": lambda value: "–" if value is None else json.dumps(value).strip('"'),
-        "inline": plots.inline,
-        "data_uri": _data_uri,
-    }
-    return environment
-
-
-def _data_uri(video: Path) -> str:
-    return f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -1,21 +1,25 @@
-"""The comparison of a sweep's points: ``comparison.csv``, Markdown, and one page with main effects."""
+"""The comparison of a sweep's points: ``comparison.csv``, Markdown, and one page.
+
+Results of different evaluation protocols never share a table or a chart: every protocol has a section of its own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from pi0rl.evaluation.statistics import holm
 from pi0rl.files import replace_directory
-from pi0rl.report import plots
+from pi0rl.report.plots import Chart
+from pi0rl.report.published import PublishedTable, published_table
 from pi0rl.report.sweep_plots import main_effects, parallel_coordinates
-from pi0rl.report.tables import POLICY_LABELS, SUITE_LABELS
+from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, suite_label
+from pi0rl.report.templates import environment
 
 
 @dataclass(frozen=True)
@@ -33,63 +37,78 @@ class Finished:
     report_dir: Path
 
 
+@dataclass(frozen=True)
+class Section:
+    """What one protocol's points say on one split.
+
+    Attributes:
+        title: what to call it; empty for the only one.
+        published: in the form of the published table.
+        axes: what was varied, in the order of the columns.
+        rows: of `comparison`.
+        charts: main effects and parallel coordinates, where more than one value was tried.
+        names: their files' names.
+    """
+
+    title: str
+    split: str
+    protocol: str
+    published: PublishedTable
+    axes: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+    charts: tuple[Chart, ...]
+    names: tuple[str, ...]
+
+
 def write_sweep_report(sweep: str, points: Sequence[Finished], target: Path) -> Path:
     """Compare ``points`` in ``target``, replacing what is there; returns ``target``.
 
     The p-values of the points' paired tests are corrected for their number (Holm).
     """
-    table = comparison(points)
-    axes = [axis for axis in dict.fromkeys(axis for point in points for axis in point.coordinates) if axis != "seed"]
-    charts = [chart for chart in (main_effects(table, axes), parallel_coordinates(table, axes)) if chart is not None]
-    environment = Environment(
-        loader=PackageLoader("pi0rl.report", "."),
-        undefined=StrictUndefined,
-        autoescape=select_autoescape(["html.jinja"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    columns = list(table.columns)
-    context = {
-        "sweep": sweep,
-        "columns": columns,
-        "rows": [
-            [_shown(column, value) for column, value in zip(columns, row, strict=True)] for row in table.to_numpy()
-        ],
-        "charts": [plots.inline(chart) for chart in charts],
-        "descriptions": [chart.description for chart in charts],
-    }
+    results = [(point, _results(point)) for point in points]
+    table = comparison(results)
+    sections = _sections(results, table)
+    context = {"sweep": sweep, "points": len(points), "sections": sections}
     with replace_directory(target) as folder:
         table.to_csv(folder / "comparison.csv", index=False)
-        for number, chart in enumerate(charts):
-            (folder / f"chart{number}.svg").write_text(chart.svg, encoding="utf-8")
+        for section in sections:
+            for name, chart in zip(section.names, section.charts, strict=True):
+                (folder / name).write_text(chart.svg, encoding="utf-8")
         for name in ("index.html", "report.md"):
-            text = environment.get_template(f"sweep.{name.rpartition('.')[2]}.jinja").render(context)
-            (folder / name).write_text(text, encoding="utf-8")
+            template = environment().get_template(f"sweep.{name.rpartition('.')[2]}.jinja")
+            (folder / name).write_text(template.render(context), encoding="utf-8")
     return target
 
 
-def comparison(points: Sequence[Finished]) -> pd.DataFrame:
-    """One row per point and suite: what was varied, both policies' success, the change and its corrected p-value."""
+def comparison(results: Sequence[tuple[Finished, Mapping[str, Any]]]) -> pd.DataFrame:
+    """One row per point, split and suite: what was varied, both policies' success, the change, the corrected p-value.
+
+    Rows of different protocols stand in one file, under their hash; no number is taken over several of them but
+    Holm's correction, which is for all tests of the sweep.
+    """
     rows = []
-    for point in points:
-        results = json.loads((point.report_dir / "results.json").read_text(encoding="utf-8"))
-        scores = {(row["policy"], row["suite"]): row for row in results["rows"]}
-        for test in results["comparisons"]:
+    for point, content in results:
+        scores = {(row["policy"], row["split"], row["suite"]): row for row in content["rows"]}
+        for test in content["comparisons"]:
             if test["suite"] == "all":
                 continue
-            before, after = scores[test["before"], test["suite"]], scores[test["after"], test["suite"]]
+            before, after = (scores[test[side], test["split"], test["suite"]] for side in ("before", "after"))
             varied = {axis: value for axis, value in point.coordinates.items() if axis != "suite"}
             rows.append(
                 {
                     "point": point.name,
                     **varied,
-                    "suite": SUITE_LABELS.get(test["suite"], test["suite"]),
+                    "protocol": content["protocol"],
+                    "split": test["split"],
+                    "suite": suite_label(test["suite"]),
                     "before": before["k"] / before["n"],
                     "trained": POLICY_LABELS.get(test["after"], test["after"]),
                     "after": after["k"] / after["n"],
                     "low": after["wilson"][0],
                     "high": after["wilson"][1],
                     "change": test["change"],
+                    "gained": test["gained"],
+                    "lost": test["lost"],
                     "episodes": test["n"],
                     "p": test["mcnemar_p"],
                 }
@@ -100,9 +119,33 @@ def comparison(points: Sequence[Finished]) -> pd.DataFrame:
     return table
 
 
-def _shown(column: str, value: Any) -> str:
-    if column in ("before", "after", "low", "high"):
-        return f"{100 * value:.1f} %"
-    if column == "change":
-        return f"{100 * value:+.1f}"
-    return f"{value:.2g}" if column in ("p", "p_holm") else str(value)
+def _results(point: Finished) -> dict[str, Any]:
+    return json.loads((point.report_dir / "results.json").read_text(encoding="utf-8"))
+
+
+def _sections(results: Sequence[tuple[Finished, Mapping[str, Any]]], table: pd.DataFrame) -> tuple[Section, ...]:
+    if table.empty:
+        return ()
+    axes = dict.fromkeys(axis for point, _ in results for axis in point.coordinates)
+    columns = tuple(axis for axis in axes if axis in table and axis != "suite")
+    groups = sorted(set(zip(table["protocol"], table["split"], strict=True)))
+    sections = []
+    for number, (protocol, split) in enumerate(groups):
+        rows = table.loc[(table["protocol"] == protocol) & (table["split"] == split)]
+        judged = [(point.coordinates, content) for point, content in results if content["protocol"] == protocol]
+        varied = [axis for axis in (*columns, "suite") if axis != "seed"]
+        charts = {"effects": main_effects(rows, varied), "points": parallel_coordinates(rows, varied)}
+        drawn = {f"{name}{number or ''}.svg": chart for name, chart in charts.items() if chart is not None}
+        sections.append(
+            Section(
+                title=f"Protocol {protocol}, {SPLIT_LABELS[split]}" if len(groups) > 1 else "",
+                split=split,
+                protocol=protocol,
+                published=published_table(judged, split),
+                axes=columns,
+                rows=tuple(rows.to_dict("records")),
+                charts=tuple(drawn.values()),
+                names=tuple(drawn),
+            )
+        )
+    return tuple(sections)

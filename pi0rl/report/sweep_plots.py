@@ -19,7 +19,7 @@ def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
     if not axes:
         return None
     with mpl.rc_context(ON_WHITE):
-        figure = Figure(figsize=(max(3.6, 2.6 * len(axes)), 2.8), layout="constrained")
+        figure = Figure(figsize=(max(7.6, 2.6 * len(axes)), 2.8), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(axes), sharey=True))
         words = []
         for panel, axis in zip(panels, axes, strict=True):
