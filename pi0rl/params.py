@@ -235,11 +235,21 @@ class LoggerParams(Section):
 
 
 class RunnerParams(Section):
-    """The outer loop: ``max_epochs`` iterations of rollout and update."""
+    """The outer loop: ``max_epochs`` iterations of rollout and update.
+
+    A checkpoint is written every ``save_interval`` iterations; while training goes on, the last ``keep_last`` and the
+    best are kept. With ``val_check_interval`` (-1: never) the policy is validated every so many iterations, and at the
+    end, without exploration noise, under training's step limit, from the last ``val_episodes_per_task`` held-out init
+    states of every task. ``final_policy``: the run's last policy, or the checkpoint that validated best.
+    """
 
     task_type: Literal["embodied"] = "embodied"
     max_epochs: Positive = 1000
     save_interval: Positive = 40
+    keep_last: Positive = 2
+    val_check_interval: int = -1
+    val_episodes_per_task: Positive = 2
+    final_policy: Literal["last", "best"] = "last"
     logger: LoggerParams = LoggerParams()
 
 
@@ -330,10 +340,27 @@ class Params(Section):
                 raise ValueError(f"{where} is [{first}, {end}]: expected first (included) below last (excluded)")
         if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
             raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
+        _check_validation(self.runner)
         if self.algorithm.kl_beta > 0:
             raise ValueError("algorithm.kl_beta: the KL term to the SFT policy is not available yet; leave it at 0")
         UpdateConfig(self.algorithm, self.actor.optim, self.actor.global_batch_size, self.actor.micro_batch_size)
         return self
+
+
+def _check_validation(runner: RunnerParams) -> None:
+    interval = runner.val_check_interval
+    if interval < -1 or interval == 0:
+        raise ValueError(f"runner.val_check_interval is {interval}: expected a number of iterations, or -1 for never")
+    if interval > 0 and runner.save_interval % interval:
+        raise ValueError(
+            f"runner.save_interval {runner.save_interval} is no multiple of runner.val_check_interval {interval}: "
+            "every checkpoint is to be validated"
+        )
+    if interval < 0 and runner.final_policy == "best":
+        raise ValueError(
+            "runner.final_policy best needs runner.val_check_interval: the best of noisy training episodes is the "
+            "luckiest; set an interval, or final_policy: last"
+        )
 
 
 def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:

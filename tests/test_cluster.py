@@ -92,6 +92,49 @@ def test_a_resumed_run_ends_in_the_same_bytes(ray_cluster: None, checkpoint: Pat
     assert all(report.metrics["actor/first_ratio_error"] < 1e-3 for report in reports)
 
 
+def test_a_collapse_goes_back_and_a_resumed_run_does_the_same(
+    ray_cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A first update that the guard takes for a collapse; from then on steps are a thousand times as small."""
+    collapsing = (
+        *(override for override in SMALL if "critic_warmup" not in override),
+        "algorithm.collapse_kl=1.0e-4",
+        "algorithm.rollback_lr_factor=1.0e-3",
+        "algorithm.target_kl=null",
+        "actor.optim.adam_warmup_steps=0",
+        "actor.optim.lr=1.0e-3",
+        "runner.save_interval=1",
+        "runner.val_check_interval=1",
+        "runner.val_episodes_per_task=1",
+    )
+    params = load_params(QUICKSTART, collapsing)
+    config, players = loop_config(params), players_config(params, params.env.train)
+    config = replace(config, validation_plan=config.validation_plan[:2])
+    reports: list[Iteration] = []
+
+    def run(folder: Path, iterations: int) -> bytes:
+        shortened = replace(config, iterations=iterations)
+        policy = train(shortened, players, CPU, checkpoint, folder, reports.append, lambda done: None)
+        return (policy / "model.safetensors").read_bytes() + (policy.parent / "state.json").read_bytes()
+
+    straight = run(tmp_path / "straight", 3)
+    assert [len(report.events) for report in reports] == [0, 1, 0]  # the critic warms up for one iteration
+    went_back = "back to the policy of 1 iterations, learning rates x 0.001 (rollback 1 of at most 2)"
+    assert went_back in reports[1].events[0]
+    assert ["actor/rollbacks" in report.metrics for report in reports] == [False, True, True]
+    assert ["eval/libero_object/success_once" in report.metrics for report in reports] == [True, False, True]
+    assert reports[2].metrics["actor/lr"] == pytest.approx(1e-6)
+    run(tmp_path / "resumed", 1)
+    run(tmp_path / "resumed", 2)
+    assert run(tmp_path / "resumed", 3) == straight
+    assert [(report.metrics, report.events) for report in reports[3:]] == [
+        (report.metrics, report.events) for report in reports[:3]
+    ]
+    config = replace(config, guards=replace(config.guards, max_rollbacks=0))
+    with pytest.raises(UserError, match=r"collapsed in iteration 1 .* after 0 rollbacks .*iteration_00001/policy"):
+        run(tmp_path / "ended", 3)
+
+
 def test_every_iteration_has_a_plan_of_its_own() -> None:
     config = loop_config(load_params(QUICKSTART))
     first, second = iteration_plan(config, 0), iteration_plan(config, 1)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from pi0rl.errors import UserError
 from pi0rl.rl.config import GuardConfig
-from pi0rl.rl.guards import GuardState, best_of, learning_rate_scale, observe, rolled_back, validated
+from pi0rl.rl.guards import (
+    GuardState,
+    best_of,
+    guard_state,
+    guard_state_json,
+    learning_rate_scale,
+    observe,
+    rolled_back,
+    validated,
+)
 
 CONFIG = GuardConfig(collapse_drop=0.2, collapse_window=2, collapse_kl=1.0)
 
@@ -33,11 +43,11 @@ def test_noise_is_not_a_collapse_and_a_fall_is() -> None:
 
 def test_the_window_starts_anew_after_a_rollback() -> None:
     state, _ = played([0.5, 0.6, 0.4, 0.2])
-    state = rolled_back(state)
+    state = rolled_back(state, 1, 4)
     assert (state.recent, state.rollbacks) == ((), 1)
     state, collapses = played([0.5, 0.5, 0.3, 0.1], state, start=4)
     assert collapses == [7]
-    assert learning_rate_scale(rolled_back(state), replace(CONFIG, rollback_lr_factor=0.5)) == 0.25
+    assert learning_rate_scale(rolled_back(state, 1, 8), replace(CONFIG, rollback_lr_factor=0.5)) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -66,6 +76,18 @@ def test_the_best_is_the_validated_one_and_of_equals_the_later() -> None:
     assert best_of(state, [9]) is None
     state = validated(validated(state, 2, 0.3), 4, 0.6)
     assert best_of(state, [0, 2, 4]) == 4
+
+
+def test_what_was_gone_back_to_keeps_its_validation() -> None:
+    state = rolled_back(validated(GuardState(), 4, 0.6), source=4, target=9)
+    assert best_of(state, [0, 4, 9]) == 9
+    assert rolled_back(GuardState(), source=0, target=3).validations == {}
+
+
+def test_a_state_survives_json_to_the_bit() -> None:
+    state, _ = played([1 / 3, 0.7, 0.1 + 0.2])
+    state = validated(rolled_back(state, 0, 3), 3, 2 / 3)
+    assert guard_state(json.loads(json.dumps(guard_state_json(state)))) == state
 
 
 def test_impossible_guards_are_refused() -> None:

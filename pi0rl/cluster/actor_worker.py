@@ -20,6 +20,7 @@ from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.trajectories import Rollout, Trajectory
 from pi0rl.rl.update import Evaluate, Evaluation, update
 
+OPTIMIZER = "optimizer.safetensors"
 # A frozen prefix is computed once per update and kept for all its epochs, as long as it fits in this much memory.
 PREFIX_CACHE_BYTES = 2 * 2**30
 
@@ -29,7 +30,7 @@ class ActorWorker:
 
     def __init__(
         self,
-        checkpoint: Path,
+        start: Path,
         sampler: SamplerConfig,
         config: UpdateConfig,
         train_expert_only: bool,
@@ -40,41 +41,51 @@ class ActorWorker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
-        self._checkpoint, self._sampler, self._config, self._device = checkpoint, sampler, config, device
+        self._start, self._sampler, self._config, self._device = start, sampler, config, device
         self._frozen_prefix, self._gradient_checkpointing = train_expert_only, gradient_checkpointing
 
     def start(self) -> None:
         """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
-        self._policy = load_policy(self._checkpoint).to(self._device)
+        self._policy = load_policy(self._start).to(self._device)
         self._trainable = self._policy.trainable_parameters(self._frozen_prefix)
         self._policy.model.set_gradient_checkpointing(self._gradient_checkpointing)
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
         self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)
 
-    def resume(self, directory: Path) -> None:
-        """Continue from what ``save`` wrote there (the policy itself comes in through ``checkpoint``)."""
-        self._optimizer.load_state_dict(load_file(directory / "optimizer.safetensors"))
+    def resume(self, directory: Path | None) -> None:
+        """Go on from what ``save`` wrote there; without a folder, from the start of the run."""
+        earlier = load_policy(self._start if directory is None else directory / "policy").named_weights()
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                parameter.copy_(earlier[name])
+        if directory is None:
+            self._optimizer.reset()
+        else:
+            self._optimizer.load_state_dict(load_file(directory / OPTIMIZER))
 
     def save(self, directory: Path) -> None:
         """Write policy and optimiser into the existing folder ``directory``."""
         save_policy(self._policy, directory / "policy")
-        save_file(self._optimizer.state_dict(), directory / "optimizer.safetensors")
+        save_file(self._optimizer.state_dict(), directory / OPTIMIZER)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights only, on the CPU."""
         return {name: parameter.detach().cpu() for name, parameter in self._trainable.items()}
 
-    def update(self, iteration: int, max_episode_steps: int, *parts: list[Trajectory]) -> dict[str, float]:
+    def update(
+        self, iteration: int, max_episode_steps: int, *parts: list[Trajectory], lr_factor: float = 1.0
+    ) -> dict[str, float]:
         """Advantages and all epochs of one iteration; returns its metrics.
 
         Args:
             parts: the trajectories of every rollout worker.
+            lr_factor: on all learning rates, below 1 after a rollback.
         """
         rollout = Rollout(trajectory for part in parts for trajectory in part)
         batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
         self._policy.train()
-        report = update(self._evaluator(rollout, iteration), batch, self._optimizer, self._config, iteration)
+        report = update(self._evaluator(rollout, iteration), batch, self._optimizer, self._config, iteration, lr_factor)
         return rollout_metrics(rollout, batch) | report.metrics
 
     def _evaluator(self, rollout: Rollout, iteration: int) -> Evaluate:

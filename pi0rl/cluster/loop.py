@@ -1,25 +1,28 @@
-"""The training loop: play a plan, update on it, hand the new weights over, save; killed anywhere, it resumes."""
+"""The training loop: play a plan, update on it, hand the new weights over, save; killed anywhere, it resumes.
+
+Guards watch it (:mod:`pi0rl.rl.guards`): a collapse sends the run back to its best checkpoint with a smaller step.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from pi0rl.cluster.actor_worker import ActorWorker
+from pi0rl.cluster.checkpoints import Checkpoint, Checkpoints
 from pi0rl.cluster.placement import Placement
 from pi0rl.cluster.players import Players, PlayersConfig, Stopwatch, gpu_options
 from pi0rl.cluster.playing import UPDATE_SECONDS, fetch
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.errors import UserError
-from pi0rl.files import replace_directory
 from pi0rl.libero.plan import Episode, training_plan
-from pi0rl.rl.config import RewardConfig, UpdateConfig
+from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
+from pi0rl.rl.guards import GuardState, learning_rate_scale, observe, rolled_back, validated
 
 # Streams of noise: training and evaluation never share a number.
 TRAIN_STREAM, EVALUATION_STREAM, VALIDATION_STREAM = 0, 1, 2
@@ -35,6 +38,10 @@ class LoopConfig:
         max_episode_steps: control steps per training episode.
         seed, scene_seed: of plans and noise; of LIBERO's fixture poses.
         save_interval: iterations between checkpoints (the last one is always saved).
+        keep_last: how many of the latest checkpoints are kept, besides the best.
+        validation_interval, validation_plan: iterations between validations, and the episodes of one; empty: none.
+        final: whether the run ends with its last policy or with the one that validated best.
+        guards: when it counts as collapsed, and what then happens.
         train_expert_only, gradient_checkpointing, num_threads: of the actor.
     """
 
@@ -48,20 +55,30 @@ class LoopConfig:
     seed: int
     scene_seed: int
     save_interval: int
+    keep_last: int
+    validation_interval: int
+    validation_plan: tuple[Episode, ...]
+    final: Literal["last", "best"]
     train_expert_only: bool
     gradient_checkpointing: bool
     num_threads: int
     rewards: RewardConfig
     update: UpdateConfig
+    guards: GuardConfig
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration reports; ``metrics`` repeat to the bit, ``timing`` does not."""
+    """What an iteration reports; ``metrics`` and ``events`` repeat to the bit, ``timing`` does not."""
 
     number: int
     metrics: dict[str, float]
     timing: dict[str, float]
+    events: tuple[str, ...] = ()
+
+
+def _to_stderr(line: str) -> None:
+    print(f"train: {line}", file=sys.stderr)
 
 
 def train(
@@ -72,37 +89,118 @@ def train(
     directory: Path,
     on_iteration: Callable[[Iteration], None],
     on_resume: Callable[[int], None],
+    notice: Callable[[str], None] = _to_stderr,
 ) -> Path:
     """Run ``config.iterations`` iterations from the policy in ``start``; returns the folder of the final policy.
 
-    Checkpoints live in ``directory/checkpoints``; if there is one, the run goes on from it, and ``on_resume`` is told
-    how many iterations are already done.
+    Checkpoints live in ``directory/checkpoints``; if there is one that can be trusted, the run goes on from it, and
+    ``on_resume`` is told how many iterations are already done. ``notice`` is told of checkpoints that are refused.
+
+    Raises:
+        UserError: training collapsed once more than ``max_rollbacks`` times.
     """
-    checkpoint = latest_checkpoint(directory)
-    done = 0 if checkpoint is None else checkpoint_iteration(checkpoint)
+    checkpoints = Checkpoints(directory / "checkpoints", start, config.keep_last)
+    checkpoint = checkpoints.latest(notice)
+    done, guard = checkpoint.iterations_done, checkpoint.guard
+    checkpoints.prune(done, guard)
     on_resume(done)
-    policy = start if checkpoint is None else checkpoint / "policy"
-    actor = _start_actor(config, players_config, placement, policy)
-    if checkpoint is not None:
-        fetch(actor.resume.remote(checkpoint), "the actor")
-    players = Players(players_config, placement, policy)
+    run = _Run(
+        config,
+        checkpoints,
+        _start_actor(config, players_config, placement, start),
+        Players(players_config, placement, start),
+    )
+    if done > 0:
+        run.go_on_from(checkpoint)
+    if done == 0 and config.validation_plan:
+        guard = validated(guard, 0, run.validate(0)[0])
     for number in range(done, config.iterations):
-        on_iteration(_iterate(config, players, actor, number))
-        if (number + 1) % config.save_interval == 0 or number + 1 == config.iterations:
-            _save(actor, directory, number + 1)
-    final = latest_checkpoint(directory)
-    if final is None:
+        iteration, guard, going_on = run.iterate(number, guard)
+        on_iteration(iteration)
+        if not going_on:
+            raise UserError(_end(iteration, guard, checkpoints.best(guard, number)))
+        if iteration.events or (number + 1) % config.save_interval == 0 or number + 1 == config.iterations:
+            checkpoints.write(run.save, number + 1, guard)
+    if config.iterations == 0:
         raise UserError("runner.max_epochs: nothing was trained; expected at least 1")
-    return final / "policy"
+    if config.final == "best":
+        return checkpoints.best(guard, config.iterations).policy
+    return checkpoints.latest(notice).policy
 
 
-def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placement, policy: Path) -> Any:
+class _Run:
+    """The components of a run and what is done with them."""
+
+    def __init__(self, config: LoopConfig, checkpoints: Checkpoints, actor: Any, players: Players) -> None:
+        self._config, self._checkpoints, self._actor, self._players = config, checkpoints, actor, players
+
+    def iterate(self, number: int, guard: GuardState) -> tuple[Iteration, GuardState, bool]:
+        """One iteration with its guards and, where due, its validation; the last value is False where it is over."""
+        config, guards = self._config, self._config.guards
+        iteration = _iterate(config, self._players, self._actor, number, learning_rate_scale(guard, guards))
+        guard, collapse = observe(guard, number, iteration.metrics, guards)
+        if collapse is not None:
+            if guard.rollbacks == guards.max_rollbacks:
+                return replace(iteration, events=(collapse,)), guard, False
+            best = self._checkpoints.best(guard, number)
+            self.go_on_from(best)
+            guard = rolled_back(guard, best.iterations_done, number + 1)
+            scale = learning_rate_scale(guard, guards)
+            event = (
+                f"{collapse}: back to the policy of {best.iterations_done} iterations, learning rates x {scale:g} "
+                f"(rollback {guard.rollbacks} of at most {guards.max_rollbacks})"
+            )
+            iteration = replace(iteration, events=(event,))
+        elif self._validation_is_due(number + 1):
+            success, metrics, seconds = self.validate(number + 1)
+            guard = validated(guard, number + 1, success)
+            timing = iteration.timing | {"time/eval": seconds}
+            iteration = replace(iteration, metrics=iteration.metrics | metrics, timing=timing)
+        if guard.rollbacks:
+            iteration = replace(iteration, metrics=iteration.metrics | {"actor/rollbacks": float(guard.rollbacks)})
+        return iteration, guard, True
+
+    def validate(self, done: int) -> tuple[float, dict[str, float], float]:
+        """Success over the validation plan of the policy after ``done`` iterations, by suite as metrics, seconds."""
+        watch, plan = Stopwatch(), self._config.validation_plan
+        results = self._players.play(plan, NoiseKey(self._config.seed, VALIDATION_STREAM, 0), "eval")
+        watch.lap("time/eval")
+        outcomes: dict[str, list[bool]] = {}
+        for episode, result in zip(plan, results, strict=True):
+            outcomes.setdefault(episode.suite, []).append(result.success)
+        metrics = {f"eval/{suite}/success_once": sum(each) / len(each) for suite, each in outcomes.items()}
+        success = sum(result.success for result in results) / len(results)
+        return success, metrics, watch.seconds["time/eval"]
+
+    def _validation_is_due(self, done: int) -> bool:
+        config = self._config
+        return bool(config.validation_plan) and (done % config.validation_interval == 0 or done == config.iterations)
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Everybody has the weights of ``checkpoint``, the actor its optimiser too."""
+        fetch(self._actor.resume.remote(checkpoint.directory), "the actor")
+        self._players.load(self._actor.weights.remote())
+
+    def save(self, folder: Path) -> None:
+        """Policy and optimiser into the existing ``folder``."""
+        fetch(self._actor.save.remote(folder), "the actor's checkpoint")
+
+
+def _end(iteration: Iteration, guard: GuardState, best: Checkpoint) -> str:
+    return (
+        f"training collapsed in iteration {iteration.number} ({iteration.events[0]}) after {guard.rollbacks} rollbacks "
+        f"(algorithm.max_rollbacks); its best policy, of {best.iterations_done} iterations, is {best.policy}; lower "
+        "actor.optim.lr or algorithm.target_kl and train again"
+    )
+
+
+def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placement, start: Path) -> Any:
     device = placement.actor[0] if placement.actor else None
     actor = (
         ray.remote(ActorWorker)
         .options(**gpu_options(placement, device))
         .remote(
-            policy,
+            start,
             players.sampler,
             config.update,
             config.train_expert_only,
@@ -115,14 +213,14 @@ def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placemen
     return actor
 
 
-def _iterate(config: LoopConfig, players: Players, actor: Any, number: int) -> Iteration:
+def _iterate(config: LoopConfig, players: Players, actor: Any, number: int, lr_scale: float) -> Iteration:
     watch = Stopwatch()
     plan = iteration_plan(config, number)
     players.play(plan, NoiseKey(config.seed, TRAIN_STREAM, number), "train")
     seconds = players.seconds()
     watch.lap("time/generate_rollouts")
     parts = players.trajectories(plan, config.rewards, config.max_episode_steps)
-    update = actor.update.remote(number, config.max_episode_steps, *parts)
+    update = actor.update.remote(number, config.max_episode_steps, *parts, lr_factor=lr_scale)
     metrics = fetch(update, "the actor's update", UPDATE_SECONDS)
     watch.lap("time/actor_training")
     players.load(actor.weights.remote())
@@ -142,26 +240,3 @@ def iteration_plan(config: LoopConfig, number: int) -> tuple[Episode, ...]:
         config.suites, config.split, config.episodes, config.group_size, config.seed, number, config.init_state_ids
     )
     return tuple(replace(episode, seed=config.scene_seed) for episode in plan)
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint with the most iterations, or None; unfinished ones have a temporary name and do not count."""
-    found = sorted((directory / "checkpoints").glob("iteration_[0-9][0-9][0-9][0-9][0-9]"))
-    return found[-1] if found else None
-
-
-def checkpoint_iteration(checkpoint: Path) -> int:
-    """How many iterations are done in ``checkpoint``."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    return int(state["iterations_done"])
-
-
-def _save(actor: Any, directory: Path, iterations_done: int) -> None:
-    """Write a checkpoint under a temporary name, rename it, and only then drop the one before."""
-    before = latest_checkpoint(directory)
-    target = directory / "checkpoints" / f"iteration_{iterations_done:05d}"
-    with replace_directory(target) as temporary:
-        fetch(actor.save.remote(temporary), "the actor's checkpoint")
-        (temporary / "state.json").write_text(json.dumps({"iterations_done": iterations_done}))
-    if before is not None:
-        shutil.rmtree(before)

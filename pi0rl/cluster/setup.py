@@ -6,11 +6,14 @@ from typing import Literal
 
 from pi0rl.cluster.loop import LoopConfig
 from pi0rl.cluster.players import PlayersConfig
+from pi0rl.errors import UserError
+from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import SlotConfig
+from pi0rl.libero.suites import held_out_init_states, suite_tasks
 from pi0rl.params import EnvEvalParams, EnvTrainParams, Params
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.sampling import SamplerConfig
-from pi0rl.rl.config import UpdateConfig
+from pi0rl.rl.config import GuardConfig, UpdateConfig
 
 # The tiny policy's features are 128 wide; RLinf's (512, 256, 128) is made for 1024.
 TINY_CRITIC = (128, 64)
@@ -71,23 +74,59 @@ def players_config(params: Params, env: EnvTrainParams | EnvEvalParams) -> Playe
     return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params))
 
 
+def validation_plan(params: Params) -> tuple[Episode, ...]:
+    """What is played every ``runner.val_check_interval`` iterations: the last held-out init states of every task.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    if params.runner.val_check_interval < 0:
+        return ()
+    count, episodes = params.runner.val_episodes_per_task, []
+    for task in (task for suite in params.suites for task in suite_tasks(suite)):
+        available = len(held_out_init_states(task))
+        if count > available:
+            raise UserError(
+                f"runner.val_episodes_per_task is {count}, {task.suite} task {task.task_id} has {available} held-out "
+                "init states; ask for fewer"
+            )
+        for state in range(available - count, available):
+            number = len(episodes)
+            episodes.append(Episode(number, task.suite, task.task_id, "held_out", state, params.env.seed, number))
+    return tuple(episodes)
+
+
+def validated_states_judged(params: Params) -> int:
+    """How many episodes of a validation start where an episode of the final evaluation does: it plays a task's first
+    held-out states."""
+    evaluation = params.evaluation
+    judged = 0 if evaluation.split == "official" else evaluation.episodes_per_task
+    return sum(episode.init_state_id < judged for episode in validation_plan(params))
+
+
 def loop_config(params: Params) -> LoopConfig:
     """The training run."""
-    algorithm, env, actor = params.algorithm, params.env.train, params.actor
+    algorithm, env, actor, runner = params.algorithm, params.env.train, params.actor, params.runner
+    compat = algorithm.compat == "rlinf"
     return LoopConfig(
         suites=params.suites,
         split=env.split,
         init_state_ids=range(*env.init_state_ids),
         episodes=env.total_num_envs * algorithm.rollout_epoch,
         group_size=algorithm.group_size,
-        iterations=params.runner.max_epochs,
+        iterations=runner.max_epochs,
         max_episode_steps=env.max_episode_steps,
         seed=params.seed,
         scene_seed=params.env.seed,
-        save_interval=params.runner.save_interval,
+        save_interval=runner.save_interval,
+        keep_last=runner.keep_last,
+        validation_interval=runner.val_check_interval,
+        validation_plan=validation_plan(params),
+        final=runner.final_policy,
         train_expert_only=params.openpi.train_expert_only,
         gradient_checkpointing=params.actor.fsdp_config.gradient_checkpointing,
         num_threads=actor.num_threads,
         rewards=algorithm,
         update=UpdateConfig(algorithm, actor.optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
+        guards=GuardConfig(collapse_drop=None, collapse_kl=None) if compat else algorithm,
     )

@@ -8,7 +8,8 @@ iteration to iteration and in its checkpoints, so that a resumed run decides the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from pi0rl.rl.config import GuardConfig
 
@@ -61,9 +62,11 @@ def observe(
     return after, None
 
 
-def rolled_back(state: GuardState) -> GuardState:
-    """The state after going back once more: the window starts anew."""
-    return replace(state, recent=(), rollbacks=state.rollbacks + 1)
+def rolled_back(state: GuardState, source: int, target: int) -> GuardState:
+    """The state after going back once more: the window starts anew, and the policy after ``target`` iterations is the
+    one after ``source``, with its validation."""
+    known = {target: state.validations[source]} if source in state.validations else {}
+    return replace(state, recent=(), rollbacks=state.rollbacks + 1, validations={**state.validations, **known})
 
 
 def validated(state: GuardState, iterations_done: int, success: float) -> GuardState:
@@ -79,6 +82,20 @@ def best_of(state: GuardState, iterations_done: Iterable[int]) -> int | None:
     known = state.validations or state.scores
     scored = [(known[done], done) for done in iterations_done if done in known]
     return max(scored)[1] if scored else None
+
+
+def guard_state_json(state: GuardState) -> dict[str, Any]:
+    """``state`` for a JSON file; :func:`guard_state` gives back the same to the bit."""
+    return asdict(state)
+
+
+def guard_state(tree: Mapping[str, Any]) -> GuardState:
+    """The state that :func:`guard_state_json` wrote; a KeyError, TypeError or ValueError where it is something else."""
+    scores, validations = (
+        {int(done): float(success) for done, success in tree[name].items()} for name in ("scores", "validations")
+    )
+    recent = tuple(float(success) for success in tree["recent"])
+    return GuardState(recent, float(tree["best"]), int(tree["rollbacks"]), scores, validations)
 
 
 def learning_rate_scale(state: GuardState, config: GuardConfig) -> float:

@@ -16,6 +16,7 @@ class PolicyOptimizer:
     Attributes:
         steps: optimiser steps taken, the critic-only ones included.
         actor_steps: those of them that moved the actor.
+        updates: RL iterations that made these weights; the iteration's number counts on after a rollback, this not.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class PolicyOptimizer:
         self.critic = dict(critic)
         self.steps = 0
         self.actor_steps = 0
+        self.updates = 0
         groups = [{"params": list(self.actor.values()), "lr": config.lr}]
         if self.critic:
             groups.append({"params": list(self.critic.values()), "lr": config.value_lr})
@@ -67,9 +69,14 @@ class PolicyOptimizer:
         """Drop Adam's moments (RLinf rebuilds its optimiser after the critic warm-up)."""
         self._adamw.state.clear()
 
+    def reset(self) -> None:
+        """As at the start of a run."""
+        self.forget()
+        self.steps = self.actor_steps = self.updates = 0
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: two counters, and ``<parameter>/<exp_avg, exp_avg_sq or step>``."""
-        state = {"steps": torch.tensor(self.steps), "actor_steps": torch.tensor(self.actor_steps)}
+        """Plain tensors: three counters, and ``<parameter>/<exp_avg, exp_avg_sq or step>``."""
+        state = {name: torch.tensor(getattr(self, name)) for name in ("steps", "actor_steps", "updates")}
         for name, parameter in (self.actor | self.critic).items():
             for key, value in self._adamw.state.get(parameter, {}).items():
                 state[f"{name}/{key}"] = value.detach().clone()
@@ -87,3 +94,4 @@ class PolicyOptimizer:
                 self._adamw.state[parameter][key] = value.detach().clone().to(device)
         self.steps = int(state["steps"])
         self.actor_steps = int(state["actor_steps"])
+        self.updates = int(state["updates"])

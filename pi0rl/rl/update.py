@@ -88,7 +88,7 @@ def update(
     Deterministic given the parameters, the optimiser's state, ``config.seed`` and ``iteration``.
 
     Args:
-        iteration: RL iteration, 0, 1, ...; decides shuffles, schedules and the critic warm-up.
+        iteration: RL iteration, 0, 1, ...; decides shuffles and schedules.
         lr_factor: on both learning rates, besides the schedules (see :mod:`pi0rl.rl.guards`).
 
     Raises:
@@ -99,7 +99,7 @@ def update(
     tally = _Tally()
     first_ratio_error, max_kl, stopped = float("nan"), 0.0, False
     for minibatch in minibatches(len(batch), config, iteration):
-        critic_only = _critic_only(optimizer, config, iteration)
+        critic_only = _critic_only(optimizer, config)
         done = len(tally.metrics)
         _accumulate_gradients(evaluate, batch, minibatch, settings, config.micro_batch_size, critic_only, tally)
         fresh = tally.metrics[done:]
@@ -113,6 +113,7 @@ def update(
             stopped = True
             break
         tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only, lr_factor))
+    optimizer.updates += 1
     return UpdateReport(_summary(tally, first_ratio_error, max_kl, stopped), tuple(tally.steps), stopped)
 
 
@@ -138,10 +139,10 @@ def minibatches(samples: int, config: UpdateConfig, iteration: int) -> list[Tens
     return minibatches
 
 
-def _critic_only(optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int) -> bool:
+def _critic_only(optimizer: PolicyOptimizer, config: UpdateConfig) -> bool:
     optim = config.optim
     return bool(optimizer.critic) and (
-        iteration < optim.critic_warmup_iterations or optimizer.steps < optim.critic_warmup_steps
+        optimizer.updates < optim.critic_warmup_iterations or optimizer.steps < optim.critic_warmup_steps
     )
 
 
@@ -238,7 +239,7 @@ def _optimizer_step(
     actor_lr = config.optim.lr * factor * adam_warmup_factor(config.optim, optimizer.actor_steps)
     value_lr = config.optim.value_lr * factor
     norm, taken = optimizer.step(actor_lr, value_lr, critic_only)
-    if compat and critic_only and not _critic_only(optimizer, config, iteration):
+    if compat and critic_only and not _critic_only(optimizer, config):
         optimizer.forget()
     return Step(norm, 0.0 if critic_only else actor_lr, value_lr, taken)
 

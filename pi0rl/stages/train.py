@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from pi0rl.cluster.loop import Iteration
 from pi0rl.cluster.loop import train as run_loop
 from pi0rl.cluster.placement import resolve_placement
 from pi0rl.cluster.session import gpus_per_node, ray_session
-from pi0rl.cluster.setup import critic_config, loop_config, noise_config, players_config
+from pi0rl.cluster.setup import (
+    critic_config,
+    loop_config,
+    noise_config,
+    players_config,
+    validated_states_judged,
+    validation_plan,
+)
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
@@ -26,6 +34,7 @@ ORIGIN = "origin.txt"
 def run(experiment: Experiment) -> None:
     """Train, or go on training."""
     params, folder = experiment.params, experiment.stage_dir("train")
+    _say_what_validates(params)
     sft_policy = experiment.stage_dir("sft") / "policy"
     require_checkpoint(sft_policy, "sft")
     origin = _origin(params, sft_policy)
@@ -51,10 +60,26 @@ def _run_loop(experiment: Experiment, start: Path) -> Path:
         placement = resolve_placement(params.cluster, gpus_per_node())
 
         def on_iteration(iteration: Iteration) -> None:
-            writer.write(iteration.number, iteration.metrics, iteration.timing)
+            writer.write(iteration.number, iteration.metrics, iteration.timing, iteration.events)
 
         players = players_config(params, params.env.train)
         return run_loop(config, players, placement, start, folder, on_iteration, writer.resume)
+
+
+def _say_what_validates(params: Params) -> None:
+    """One line on the states of validation; an error where the final policy would be chosen by what judges it."""
+    plan, judged = validation_plan(params), validated_states_judged(params)
+    if not plan:
+        return
+    count = params.runner.val_episodes_per_task
+    states = f"the last {count} held-out init states of every task"
+    if judged and params.runner.final_policy == "best":
+        raise UserError(
+            f"runner.final_policy best would be chosen on {states}, and {judged} of these {len(plan)} judge it in the "
+            "evaluation; lower evaluation.episodes_per_task or runner.val_episodes_per_task, or set final_policy: last"
+        )
+    also = f"{judged} of these {len(plan)} in the final evaluation too" if judged else "none in the final evaluation"
+    print(f"train: validated from {states}, {also}", file=sys.stderr)
 
 
 def _require_horizon(params: Params, policy: Policy) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pi0rl.tracking.loggers import Table
 
-Kind = Literal["not finite", "KL", "success drop", "slow worker", "slow iteration"]
+Kind = Literal["not finite", "KL", "success drop", "slow worker", "slow iteration", "collapse"]
 
 # Without algorithm.target_kl, an update that moves the policy this far (nats per chunk) is suspicious.
 KL_LIMIT = 0.5

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -60,16 +61,24 @@ METRICS: dict[str, str] = {
     "actor/optimizer_steps": "optimiser steps taken",
     "actor/skipped_steps": "optimiser steps left out because a gradient was not finite",
     "actor/stopped_by_kl": "1 if target_kl ended the update early",
+    "actor/rollbacks": "how often the run has gone back to its best checkpoint; from the first time on",
     "critic/lr": "learning rate of the value head",
     "critic/explained_variance": "1 - Var(target - value) / Var(target)",
     "sft/loss": "flow-matching loss of a batch",
     "sft/grad_norm": "gradient norm before clipping",
     "sft/lr": "learning rate",
     "sft/success_once": "success on official init states where imitation is checked while it trains",
-    "eval/<suite>/success_once": "success on the evaluation plan",
+    "eval/<suite>/success_once": "success without noise: on the evaluation plan, or where training is validated",
     "time/*": "seconds of an iteration's parts; kept in timing.csv",
     "perf/*": "rates, e.g. control steps per second; kept in timing.csv",
 }
+
+
+def unexplained(names: Collection[str]) -> list[str]:
+    """Those of ``names`` that METRICS lacks; its ``<suite>`` stands for any."""
+    patterns = [name.replace("<suite>", "*") for name in METRICS if "<suite>" in name]
+    known = (name in METRICS or any(fnmatchcase(name, pattern) for pattern in patterns) for name in names)
+    return sorted(name for name, explained in zip(names, known, strict=True) if not explained)
 
 
 class MetricsWriter:
@@ -94,15 +103,25 @@ class MetricsWriter:
         self._alarms.resume(done)
         self._loggers.sync(self._tables())
 
-    def write(self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        """Add the row of ``iteration`` (from 0); raises ValueError for a metric that METRICS does not explain."""
-        unknown = sorted(set(metrics) - set(METRICS))
-        if unknown:
+    def write(
+        self,
+        iteration: int,
+        metrics: Mapping[str, float],
+        timing: Mapping[str, float],
+        events: Sequence[str] = (),
+    ) -> None:
+        """Add the row of ``iteration`` (from 0); raises ValueError for a metric that METRICS does not explain.
+
+        Args:
+            events: what the guards did, in words.
+        """
+        if unknown := unexplained(metrics):
             raise ValueError(f"metrics without an explanation in pi0rl.tracking.metrics.METRICS: {', '.join(unknown)}")
         self._metrics.append(iteration, metrics)
         self._timing.append(iteration, timing)
         tables = self._tables()
         found = alarms(iteration, metrics, *tables, self._target_kl)
+        found += tuple(Alarm(iteration, "collapse", event) for event in events)
         self._alarms.add(found)
         if found:
             self._timing.append(iteration, {**timing, "perf/alarms": len(found)})
