@@ -341,8 +341,6 @@ class Params(Section):
         if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
             raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
         _check_validation(self.runner)
-        if self.algorithm.kl_beta > 0:
-            raise ValueError("algorithm.kl_beta: the KL term to the SFT policy is not available yet; leave it at 0")
         UpdateConfig(self.algorithm, self.actor.optim, self.actor.global_batch_size, self.actor.micro_batch_size)
         return self
 

@@ -96,3 +96,26 @@ def test_the_noise_level_is_annealed_by_rl_steps() -> None:
     assert [sampler.at(step).noise_level for step in (0, 2, 4, 9)] == pytest.approx([0.7, 0.4, 0.1, 0.1])
     constant = sampler_config(quickstart("openpi.noise_params=[0.7, 0.1, 4]"))
     assert constant.at(9).noise_level == 0.6
+
+
+def test_the_kl_term_is_to_the_policy_that_training_began_with(checkpoint: Path) -> None:
+    params = quickstart(
+        "algorithm.kl_beta=0.1",
+        "algorithm.target_kl=null",
+        "actor.optim.lr=1.0e-4",
+        "actor.optim.adam_warmup_steps=0",
+        "actor.optim.critic_warmup_iterations=0",
+    )
+    rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
+    distances = []
+    for iteration in range(3):
+        metrics = actor.update(iteration, CHUNKS * CHUNK, played(params, rollout, iteration))
+        assert metrics["actor/first_ratio_error"] < 1e-3  # the weights are back in their places
+        distances.append(metrics["actor/ref_kl"])
+        rollout.load(actor.weights())
+    assert distances[0] == pytest.approx(0.0, abs=1e-9)  # a single optimiser step: measured before it
+    assert min(distances[1:]) > 1e-3
+    actor.resume(None)
+    rollout.load(actor.weights())
+    again = actor.update(3, CHUNKS * CHUNK, played(params, rollout, 3))
+    assert again["actor/ref_kl"] == pytest.approx(0.0, abs=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.model import Prefix, concatenate
 from pi0rl.policy.sampling import SamplerConfig, evaluate_chains
-from pi0rl.rl.advantages import make_batch
-from pi0rl.rl.config import UpdateConfig
+from pi0rl.rl.advantages import Reference, make_batch
+from pi0rl.rl.config import UpdateConfig, effective
 from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.trajectories import Rollout, Trajectory
@@ -52,6 +53,8 @@ class ActorWorker:
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
         self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)
+        keeps = effective(self._config.algorithm).kl_beta > 0.0
+        self._reference = {name: p.detach().clone() for name, p in actor.items()} if keeps else {}
 
     def resume(self, directory: Path | None) -> None:
         """Go on from what ``save`` wrote there; without a folder, from the start of the run."""
@@ -85,8 +88,32 @@ class ActorWorker:
         rollout = Rollout(trajectory for part in parts for trajectory in part)
         batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
         self._policy.train()
-        report = update(self._evaluator(rollout, iteration), batch, self._optimizer, self._config, iteration, lr_factor)
+        evaluate = self._evaluator(rollout, iteration)
+        if self._reference:
+            batch = replace(batch, reference=self._make_of_it_at_the_start(evaluate, batch.samples))
+        report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor)
         return rollout_metrics(rollout, batch) | report.metrics
+
+    def _make_of_it_at_the_start(self, evaluate: Evaluate, samples: Tensor) -> Reference:
+        """What the policy that the run began with makes of ``samples``, for the KL term to it.
+
+        The trained weights change places with those of the start meanwhile: one more copy of them is all it takes.
+        """
+        self._change_places()
+        with torch.no_grad():
+            parts = [evaluate(some) for some in samples.split(self._config.micro_batch_size)]
+        self._change_places()
+        means, stds = ([part.mean for part in parts], [part.std for part in parts])
+        return Reference(
+            log_probs=torch.cat([part.log_probs for part in parts]),
+            mean=torch.cat([mean for mean in means if mean is not None]),
+            std=torch.cat([std for std in stds if std is not None]),
+        )
+
+    def _change_places(self) -> None:
+        for name, elsewhere in self._reference.items():
+            parameter = self._trainable[name]
+            parameter.data, self._reference[name] = elsewhere, parameter.data
 
     def _evaluator(self, rollout: Rollout, iteration: int) -> Evaluate:
         prefix_of, sampler = self._prefixes(rollout), self._sampler.at(iteration)

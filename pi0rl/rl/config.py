@@ -126,6 +126,7 @@ class AlgorithmConfig:
             f"algorithm.clip_ratio_c={self.clip_ratio_c}: must be above 1, or null to switch the dual clip off",
         )
         _require(self.huber_delta > 0.0, f"algorithm.huber_delta={self.huber_delta}: must be positive")
+        _require(self.kl_beta >= 0.0, f"algorithm.kl_beta={self.kl_beta}: must not be negative")
         _require(self.update_epoch >= 1, f"algorithm.update_epoch={self.update_epoch}: must be at least 1")
         _require(
             self.adv_type == "gae" or self.group_size >= 2,

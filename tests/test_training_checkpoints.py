@@ -1,0 +1,80 @@
+"""Checkpoints of a training: which are kept, which are refused, and which one is gone on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pi0rl.cluster.checkpoints import STATE, Checkpoints
+from pi0rl.rl.guards import GuardState
+
+
+def begin(folder: Path, start: str = "digest of the start") -> Checkpoints:
+    (folder / "start").mkdir(parents=True, exist_ok=True)
+    (folder / "start" / "config.json").write_text(start)
+    return Checkpoints(folder / "checkpoints", folder / "start", keep_last=2)
+
+
+def save(folder: Path) -> None:
+    (folder / "policy").mkdir()
+    (folder / "policy" / "model.safetensors").write_bytes(b"weights" * 9)
+    (folder / "optimizer.safetensors").write_bytes(b"moments" * 9)
+
+
+def guard(*scores: float) -> GuardState:
+    return GuardState(scores=dict(enumerate(scores)))
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = begin(tmp_path)
+    for done in range(1, 6):
+        checkpoints.write(save, done, guard(*[0.5, 0.9, 0.4, 0.3, 0.2][:done]))
+    assert written(tmp_path) == ["iteration_00001", "iteration_00004", "iteration_00005"]
+    state = guard(0.5, 0.9, 0.4, 0.3, 0.2)
+    assert checkpoints.latest(pytest.fail).iterations_done == 5
+    assert checkpoints.latest(pytest.fail).guard == state
+    assert checkpoints.best(state, 4).iterations_done == 1
+    assert checkpoints.best(guard(1.0), 4).policy == tmp_path / "start"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no state", "other format", "renamed"])
+def test_a_damaged_one_is_refused_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
+    checkpoints = begin(tmp_path)
+    for done in (1, 2):
+        checkpoints.write(save, done, guard(0.1, 0.2))
+    last = tmp_path / "checkpoints" / "iteration_00002"
+    weights, state = last / "policy" / "model.safetensors", last / STATE
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "missing":
+        (last / "optimizer.safetensors").unlink()
+    elif damage == "no state":
+        state.write_text("")
+    elif damage == "other format":
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "old"}))
+    else:
+        last = last.rename(last.with_name("iteration_00007"))
+    said: list[str] = []
+    found = checkpoints.latest(said.append)
+    assert found.iterations_done == 1
+    assert len(said) == 2
+    assert said[0].startswith(f"{last}: refused, ")
+    assert "going on from" in said[1]
+    assert checkpoints.best(guard(0.1, 0.2, 0.9), 7).iterations_done == 1  # nor does a rollback trust it
+    checkpoints.prune(found.iterations_done, found.guard)
+    assert written(tmp_path) == ["iteration_00001"]
+
+
+def test_those_of_another_run_are_refused(tmp_path: Path) -> None:
+    begin(tmp_path).write(save, 1, guard(0.1))
+    said: list[str] = []
+    other = begin(tmp_path, start="another policy")
+    assert other.latest(said.append).policy == tmp_path / "start"
+    assert "began from another policy" in said[0]
+    assert "anew" in said[1]
