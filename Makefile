@@ -1,6 +1,7 @@
 # make quickstart   the whole experiment: demonstrations, imitation, reinforcement learning, evaluation, report
 #                   OUTPUT=runs/again SET="seed=1 runner.max_epochs=30" for another folder or other params
 # make test         linter, types and tests; `make test-slow` adds the ones that take minutes
+# make docs         the documentation as a site, in site/; `python -m http.server -d site` shows it with its search
 # make serve        Prefect's server and a worker on this machine, for `prefect deployment run libero-sweep/quickstart`
 # make doctor       check this machine
 # Each sets the machine up first; the second time that takes no time.
@@ -12,7 +13,7 @@ EXPERIMENT ?= quickstart
 # DVC starts the stages as `pi0rl ...`
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart serve setup doctor lint types test test-slow lock clean
+.PHONY: quickstart serve setup doctor docs lint types test test-slow lock clean
 
 quickstart: $(STAMP)
 	pi0rl run $(EXPERIMENT) $(foreach override,$(SET),--set $(override)) $(if $(OUTPUT),--output $(OUTPUT))
@@ -28,6 +29,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 
 doctor: $(STAMP)
 	pi0rl doctor
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 lint: $(STAMP)
 	ruff check
@@ -49,5 +53,5 @@ lock:
 
 # Outputs of experiments stay (runs/, reports/, DVC's cache); see `dvc gc` for the cache
 clean:
-	rm -rf .venv .prefect .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv site .prefect .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
