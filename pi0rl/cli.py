@@ -43,6 +43,7 @@ EXAMPLES = """examples:
   pi0rl evaluate --checkpoint org/name@main --suites libero_10 --protocol openpi
   pi0rl sweep quickstart --list                   the points of a sweep; without --list they run
   pi0rl status quickstart                         which stages are up to date
+  pi0rl train libero_10_ppo_openpi --dry-run      one short iteration with a shrunk network: is all wired?
   pi0rl plan libero_10_ppo_openpi                 the memory it will take, and what would make it fit
   pi0rl doctor                                    check this machine
 """
@@ -107,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--output", metavar="DIR", help="run folder below runs/; the report goes to reports/")
         if name == "evaluate":
             _add_checkpoint_options(command)
+        if name == "train":
+            command.add_argument(
+                "--dry-run", action="store_true", help="one short iteration with the network shrunk; writes nothing"
+            )
     sweep = commands.add_parser("sweep", help="every point of a sweep in params/sweeps/, then their comparison")
     sweep.add_argument("sweep", help="a name in params/sweeps/ (quickstart)")
     sweep.add_argument("--list", action="store_true", help="only list the points")
@@ -217,6 +222,10 @@ def _frozen(options: argparse.Namespace) -> Experiment:
 
 def _stage(options: argparse.Namespace) -> None:
     """One stage's function, timed; DVC is told of it, so that it counts as done however it was started."""
+    if options.command == "train" and options.dry_run:
+        from pi0rl.stages.dry_run import dry_run
+
+        return dry_run(options.experiment, _opened(options).params)
     experiment = _frozen(options)
     resolve(experiment)
     if options.command == "resolve":

@@ -13,12 +13,13 @@ from tiny_policies import PREFIX_CRITIC, make_policy, observe
 
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.rollout_worker import NoiseKey, RolloutWorker
-from pi0rl.cluster.setup import loop_config, sampler_config
+from pi0rl.cluster.setup import loop_config, lora_config, sampler_config
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import Look, Played
 from pi0rl.params import Params, load_params
-from pi0rl.policy.checkpoints import save_policy
+from pi0rl.policy.checkpoints import load_policy, save_policy
+from pi0rl.policy.weights import policy_tensors
 from pi0rl.rl.trajectories import Trajectory
 
 QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
@@ -50,14 +51,15 @@ def quickstart(*overrides: str) -> Params:
 
 
 def start_rollout(params: Params, checkpoint: Path) -> RolloutWorker:
-    worker = RolloutWorker(checkpoint, sampler_config(params), 1, "cpu")
+    worker = RolloutWorker(checkpoint, sampler_config(params), lora_config(params), 1, "cpu")
     worker.start()
     return worker
 
 
 def start_actor(params: Params, checkpoint: Path) -> ActorWorker:
     config = loop_config(params)
-    worker = ActorWorker(checkpoint, sampler_config(params), config.update, config.train_expert_only, False, 1, "cpu")
+    settings = sampler_config(params), lora_config(params), config.update, config.train_expert_only
+    worker = ActorWorker(checkpoint, *settings, False, 1, "cpu")
     worker.start()
     return worker
 
@@ -96,6 +98,41 @@ def test_the_noise_level_is_annealed_by_rl_steps() -> None:
     assert [sampler.at(step).noise_level for step in (0, 2, 4, 9)] == pytest.approx([0.7, 0.4, 0.1, 0.1])
     constant = sampler_config(quickstart("openpi.noise_params=[0.7, 0.1, 4]"))
     assert constant.at(9).noise_level == 0.6
+
+
+LORA = ("actor.model.is_lora=true", "actor.model.lora_rank=4", "actor.optim.lr=0.001", "algorithm.target_kl=null")
+
+
+def test_a_run_with_adapters_hands_over_and_resumes(checkpoint: Path, tmp_path: Path) -> None:
+    """The rollout side takes over adapters by name, and a resumed run ends in the same bytes."""
+    params = quickstart(*LORA)
+    rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
+
+    def iterate(number: int, rollout, actor) -> dict[str, float]:
+        metrics = actor.update(number, CHUNKS * CHUNK, played(params, rollout, number))
+        rollout.load(actor.weights())
+        return metrics
+
+    assert iterate(0, rollout, actor)["actor/optimizer_steps"] > 0
+    folders = [tmp_path / name for name in ("first", "straight", "resumed")]
+    for folder in folders:
+        folder.mkdir()
+    actor.save(folders[0])
+    assert iterate(1, rollout, actor)["actor/first_ratio_error"] < 1e-3
+    actor.save(folders[1])
+
+    rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
+    actor.resume(folders[0])
+    rollout.load(actor.weights())
+    iterate(1, rollout, actor)
+    actor.save(folders[2])
+    for file in ("policy/model.safetensors", "trained.safetensors", "optimizer.safetensors"):
+        assert (folders[2] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    text = "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.gate_proj.weight"
+    places = (checkpoint, folders[0] / "policy", folders[1] / "policy")
+    start, first, second = (policy_tensors(load_policy(place))[text] for place in places)
+    assert not torch.equal(start, first)
+    assert not torch.equal(first, second)
 
 
 def test_the_kl_term_is_to_the_policy_that_training_began_with(checkpoint: Path) -> None:

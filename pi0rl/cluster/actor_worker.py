@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pi0rl.policy.checkpoints import load_policy, save_policy
+from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.model import Prefix, concatenate
 from pi0rl.policy.sampling import SamplerConfig, evaluate_chains
 from pi0rl.rl.advantages import Reference, make_batch
@@ -21,7 +22,8 @@ from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.trajectories import Rollout, Trajectory
 from pi0rl.rl.update import Evaluate, Evaluation, update
 
-OPTIMIZER = "optimizer.safetensors"
+# In a checkpoint beside policy/: the optimiser, and with adapters (which policy/ has merged) what was trained.
+OPTIMIZER, TRAINED = "optimizer.safetensors", "trained.safetensors"
 # A frozen prefix is computed once per update and kept for all its epochs, as long as it fits in this much memory.
 PREFIX_CACHE_BYTES = 2 * 2**30
 
@@ -33,6 +35,7 @@ class ActorWorker:
         self,
         start: Path,
         sampler: SamplerConfig,
+        lora: LoraConfig | None,
         config: UpdateConfig,
         train_expert_only: bool,
         gradient_checkpointing: bool,
@@ -43,12 +46,13 @@ class ActorWorker:
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
         self._start, self._sampler, self._config, self._device = start, sampler, config, device
-        self._frozen_prefix, self._gradient_checkpointing = train_expert_only, gradient_checkpointing
+        self._lora, self._train_expert_only = lora, train_expert_only
+        self._gradient_checkpointing = gradient_checkpointing
 
     def start(self) -> None:
         """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
-        self._policy = load_policy(self._start).to(self._device)
-        self._trainable = self._policy.trainable_parameters(self._frozen_prefix)
+        self._policy = with_lora(load_policy(self._start), self._lora).to(self._device)
+        self._trainable = self._policy.trainable_parameters(self._train_expert_only)
         self._policy.model.set_gradient_checkpointing(self._gradient_checkpointing)
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
@@ -57,8 +61,16 @@ class ActorWorker:
         self._reference = {name: p.detach().clone() for name, p in actor.items()} if keeps else {}
 
     def resume(self, directory: Path | None) -> None:
-        """Go on from what ``save`` wrote there; without a folder, from the start of the run."""
-        earlier = load_policy(self._start if directory is None else directory / "policy").named_weights()
+        """Go on from what ``save`` wrote there; without a folder, from the start of the run.
+
+        With adapters a saved policy has them merged, so what was trained has a file of its own.
+        """
+        if directory is None:
+            earlier = with_lora(load_policy(self._start), self._lora).named_weights()
+        elif self._lora is None:
+            earlier = load_policy(directory / "policy").named_weights()
+        else:
+            earlier = load_file(directory / TRAINED)
         with torch.no_grad():
             for name, parameter in self._trainable.items():
                 parameter.copy_(earlier[name])
@@ -70,6 +82,8 @@ class ActorWorker:
     def save(self, directory: Path) -> None:
         """Write policy and optimiser into the existing folder ``directory``."""
         save_policy(self._policy, directory / "policy")
+        if self._lora is not None:
+            save_file({name: tensor.contiguous() for name, tensor in self.weights().items()}, directory / TRAINED)
         save_file(self._optimizer.state_dict(), directory / OPTIMIZER)
 
     def weights(self) -> dict[str, Tensor]:
@@ -141,7 +155,7 @@ class ActorWorker:
             observation = rollout.inputs(samples.tolist()).observation
             return self._policy.prefix(self._policy.processing.inputs(observation).to(self._device))
 
-        if not self._frozen_prefix:
+        if self._policy.trains_prefix(self._train_expert_only):
             return compute
         with torch.no_grad():
             parts = [compute(torch.arange(min(size, len(rollout))))]

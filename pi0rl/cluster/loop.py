@@ -206,7 +206,7 @@ def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placemen
             config.train_expert_only,
             config.gradient_checkpointing,
             config.num_threads,
-            "cpu" if device is None else "cuda",
+            "cpu" if device is None or placement.accelerator == "cpu" else "cuda",
         )
     )
     fetch(actor.start.remote(), "the actor")

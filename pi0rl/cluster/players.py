@@ -61,7 +61,7 @@ class Players:
         devices: Sequence[int | None] = placement.rollout or (None,)
         self._rollouts = [
             rollout_class.options(**gpu_options(placement, device)).remote(
-                checkpoint, config.sampler, 1, "cpu" if device is None else "cuda"
+                checkpoint, config.sampler, 1, "cpu" if device is None or placement.accelerator == "cpu" else "cuda"
             )
             for device in devices
         ]

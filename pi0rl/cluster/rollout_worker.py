@@ -14,6 +14,7 @@ from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import IDLE, Look, Played
 from pi0rl.observation import Observation
 from pi0rl.policy.checkpoints import load_policy
+from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.sampling import Sample, SamplerConfig, episode_noise, sample, stack_noise
 from pi0rl.rl.config import RewardConfig
 from pi0rl.rl.trajectories import Trajectory, shape_rewards, step_dones
@@ -50,19 +51,21 @@ class _Recording:
 class RolloutWorker:
     """One copy of the policy, acting for the env workers that are wired to it."""
 
-    def __init__(self, checkpoint: Path, sampler: SamplerConfig, num_threads: int, device: str) -> None:
+    def __init__(
+        self, checkpoint: Path, sampler: SamplerConfig, lora: LoraConfig | None, num_threads: int, device: str
+    ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
         self._checkpoint, self._annealed, self._device = checkpoint, sampler, device
-        self._sampler = sampler.at(0)
+        self._sampler, self._lora = sampler.at(0), lora
         self._noise = NoiseKey(0, 0, 0)
         self._mode: Literal["train", "eval"] = "eval"
         self._recordings: dict[int, _Recording] = {}
 
     def start(self) -> None:
         """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
-        self._policy = load_policy(self._checkpoint).to(self._device).eval()
+        self._policy = with_lora(load_policy(self._checkpoint), self._lora).to(self._device).eval()
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Take over weights from the actor; the names may be a part of the policy's."""

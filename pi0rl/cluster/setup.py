@@ -12,6 +12,7 @@ from pi0rl.libero.slots import SlotConfig
 from pi0rl.libero.suites import held_out_init_states, suite_tasks
 from pi0rl.params import EnvEvalParams, EnvTrainParams, Params
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
+from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
 from pi0rl.rl.config import GuardConfig, UpdateConfig
 
@@ -61,6 +62,12 @@ def sampler_config(params: Params) -> SamplerConfig:
     )
 
 
+def lora_config(params: Params) -> LoraConfig | None:
+    """Adapters on the VLM."""
+    model = params.actor.model
+    return LoraConfig(model.lora_rank, params.seed) if model.is_lora else None
+
+
 def _method(params: Params) -> Literal["flow_ode", "flow_sde", "flow_cps", "flow_noise"]:
     method = params.openpi.noise_method
     return "flow_noise" if method == "reinflow" else method
@@ -68,10 +75,11 @@ def _method(params: Params) -> Literal["flow_ode", "flow_sde", "flow_cps", "flow
 
 def players_config(params: Params, env: EnvTrainParams | EnvEvalParams) -> PlayersConfig:
     """The players of training (its own step limit) or of evaluation (each suite's)."""
-    limit = env.max_episode_steps if isinstance(env, EnvTrainParams) else None
+    training = isinstance(env, EnvTrainParams)
+    limit, lora = (env.max_episode_steps, lora_config(params)) if training else (None, None)
     slot = SlotConfig(params.env.camera_size, params.env.render_profile, params.env.settle_steps, limit)
     stages = params.rollout.pipeline_stage_num
-    return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params))
+    return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params), lora)
 
 
 def validation_plan(params: Params) -> tuple[Episode, ...]:
