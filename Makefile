@@ -3,6 +3,7 @@
 # make test         linter, types and tests; `make test-slow` adds the ones that take minutes
 # make docs         the documentation as a site, in site/; `python -m http.server -d site` shows it with its search
 # make serve        Prefect's server and a worker on this machine, for `prefect deployment run libero-sweep/quickstart`
+# make mlflow       MLflow's pages on this machine, http://127.0.0.1:5000
 # make doctor       check this machine
 # Each sets the machine up first; the second time that takes no time.
 
@@ -13,13 +14,17 @@ EXPERIMENT ?= quickstart
 # DVC starts the stages as `pi0rl ...`
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart serve setup doctor docs lint types test test-slow lock clean
+.PHONY: quickstart serve mlflow setup doctor docs lint types test test-slow lock clean
 
 quickstart: $(STAMP)
 	pi0rl run $(EXPERIMENT) $(foreach override,$(SET),--set $(override)) $(if $(OUTPUT),--output $(OUTPUT))
 
 serve: $(STAMP)
 	python -m flows.serve
+
+mlflow: $(STAMP)
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db} --workers 1
 
 setup: $(STAMP)
 

@@ -7,21 +7,26 @@ as a program.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import StageProgress, show_results
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, freeze, open_experiment
 from pi0rl.processes import Interrupted, raise_on_signals, run_child
+from pi0rl.tracking.publish import catch_up
 
 ERROR = "pi0rl: error: "
 BIN = Path(sys.executable).parent
+
+_TOLD_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 Watch = Callable[[str], None]
 
@@ -33,14 +38,16 @@ class StageOutput:
         self._prefix = prefix
         self._watchers = watchers
         self.error: str | None = None
+        self.crashed = True  # until it says why it ends
         self.skipped = False
 
     def __call__(self, line: str) -> None:
         if line.startswith(ERROR):
-            self.error = line.removeprefix(ERROR)
-        elif line.startswith("ERROR: "):
-            reason = "it failed; what it said is above" if "failed to run" in line else line.removeprefix("ERROR: ")
-            self.error = self.error or reason
+            self.error, self.crashed = line.removeprefix(ERROR), False
+        elif line.startswith("ERROR: ") and "failed to run" in line:
+            self.error = self.error or "it failed; what it said is above"
+        elif line.startswith("ERROR: "):  # of DVC
+            self.error, self.crashed = self.error or line.removeprefix("ERROR: "), False
         elif line.endswith("didn't change, skipping"):
             self.skipped = True
         elif not line.startswith(_CHATTER) and line:
@@ -64,23 +71,48 @@ _CHATTER = (
 )
 
 
-@task(cache_policy=NO_CACHE, task_run_name="{stage}", persist_result=False)
+class StageCrashed(UserError):
+    """A stage that ended without saying why: killed, out of memory, a bug. Run once more, it goes on where it was."""
+
+
+def _crashed(_task: Task[..., str], _run: TaskRun, state: State[str]) -> bool:
+    """Whether to try again, asked while a try is left: a mistake of the user would only be the same mistake."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, StageCrashed):
+        print(f"{error}; once more", flush=True)
+    return isinstance(error, StageCrashed)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    task_run_name="{stage}",
+    persist_result=False,
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_crashed,
+)
 def run_stage(stage: str, address: str, root: Path, prefix: str = "", watch: Watch | None = None) -> str:
     """Bring one stage up to date; returns what happened in words. Raises UserError with the stage's own message.
 
+    A stage that was killed or crashed is run once more (StageCrashed); one that was told to stop is not.
     ``prefix`` begins every line; ``watch`` is called after each line of the stage, and what it raises ends the stage.
     """
     output = StageOutput(prefix, [StageProgress(stage), *([watch] if watch else [])])
     started = time.monotonic()
     code = run_child(
-        [str(BIN / "dvc"), "repro", "--single-item", address],
+        # a point whose checkpoint DVC is hashing holds the lock for longer than DVC waits by itself
+        [str(BIN / "dvc"), "--wait-for-lock", "repro", "--single-item", address],
         cwd=root,
         environment={"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1", "SHELL": "/bin/sh"},
         on_line=output,
         send=os.killpg,
     )
+    if code in _TOLD_TO_STOP:
+        raise UserError(f"{stage}: stopped")
+    if code != 0 and output.crashed:
+        raise StageCrashed(f"{stage}: {output.error or f'killed (exit code {code})'}")
     if code != 0:
-        raise UserError(f"{stage}: {output.error or f'exit code {code}'}")
+        raise UserError(f"{stage}: {output.error}")
     return "unchanged" if output.skipped else f"done in {_minutes(time.monotonic() - started)}"
 
 
@@ -100,6 +132,7 @@ def run_stages(experiment: Experiment, prefix: str = "", watch: Watch | None = N
         print(heading, flush=True)
         outcome = run_stage(stage, experiment.address(stage), experiment.root, prefix, watch)
         print(f"{heading}: {outcome}", flush=True)
+    catch_up(experiment)
     show_results(experiment)
 
 

@@ -33,7 +33,7 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:  # keyword-onl
                 f"pi0rl: error: no Prefect server answers at {api_url}, so nothing would run; start one with "
                 "`make serve` (in another terminal), or run here and now with `pi0rl sweep quickstart`"
             )
-    return SetupResult(env={"PREFECT_API_URL": api_url})
+    return SetupResult(env={"PREFECT_API_URL": api_url, "DO_NOT_TRACK": "1"})
 
 
 def _answers(api_url: str) -> bool:

@@ -78,8 +78,8 @@ def _run_grid(name: str, plan: Sweep, concurrency: int | None) -> list[Outcome]:
     at_a_time = concurrency or plan.concurrency or _that_fit(chains)
     print(f"sweep {name}: {len(points)} points, {at_a_time} at a time", flush=True)
     room, stopping = threading.Semaphore(at_a_time), threading.Event()
-    shared = {part.reference: part for chain in chains for part in chain[:-1]}
-    locks = {reference: threading.Lock() for reference in shared}
+    locks = {part.reference: threading.Lock() for chain in chains for part in chain}
+    done: set[str] = set()
 
     @task(cache_policy=NO_CACHE, task_run_name="{point}", persist_result=False)
     def run_point(point: str, chain: tuple[Experiment, ...]) -> None:
@@ -88,8 +88,11 @@ def _run_grid(name: str, plan: Sweep, concurrency: int | None) -> list[Outcome]:
             for part in chain:
                 if stopping.is_set():
                     raise UserError("the sweep was stopped")
-                with locks.get(part.reference, threading.Lock()):
-                    run_experiments(f"{point} ", part)
+                with locks[part.reference]:
+                    # once: DVC refuses to look at a shared stage again while another point reads what it made
+                    if part.reference not in done:
+                        run_experiments(f"{point} ", part)
+                        done.add(part.reference)
 
     futures = [run_point.submit(point.name, chain) for point, chain in zip(points, chains, strict=True)]
     try:

@@ -116,14 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("sweep", help="a name in params/sweeps/ (quickstart)")
     sweep.add_argument("--list", action="store_true", help="only list the points")
     _add_overrides(sweep)
-    for name, description in (
-        ("restore", "bring back the checkpoints that an MLflow run recorded, from DVC's cache or its remote"),
-        ("reproduce", "run an MLflow run's experiment again and compare it to the bit"),
-    ):
-        command = commands.add_parser(name, help=description, description=description.capitalize() + ".")
-        command.add_argument("run", help="id or name of the MLflow run")
-        if name == "restore":
-            command.add_argument("--output", metavar="DIR", help="the folder to make (default: runs/restored/<run id>)")
+    _restore_parser(commands)
+    description = "run an MLflow run's experiment again and compare it to the bit"
+    command = commands.add_parser("reproduce", help=description, description=description.capitalize() + ".")
+    command.add_argument("run", help="id or name of the MLflow run")
     _checkpoint_parser(commands)
     plan = commands.add_parser("plan", help="the memory a training will take per device, and what would make it fit")
     plan.add_argument("experiment", help="a name in params/ (libero_10_ppo_openpi) or a params file")
@@ -182,11 +178,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
+def _restore_parser(commands: argparse._SubParsersAction) -> None:
+    description = "bring back the checkpoints that an MLflow run recorded, from DVC's cache or its remote"
+    command = commands.add_parser("restore", help=description, description=description.capitalize() + ".")
+    command.add_argument("run", help="id or name of the MLflow run")
+    command.add_argument("--output", metavar="DIR", help="the folder to make (default: runs/restored/<run id>)")
+
+
 def _checkpoint_parser(commands: argparse._SubParsersAction) -> None:
-    description = "look at a checkpoint, or convert it: pi0rl, openpi, LeRobot (RLinf's is read)"
+    description = "look at a checkpoint, convert it (pi0rl, openpi, LeRobot; RLinf's is read), or bring one back"
     actions = commands.add_parser("checkpoint", help=description).add_subparsers(dest="action", required=True)
     inspect = actions.add_parser("inspect", help="layout, variant, sizes, statistics, heads, tokenizer, origin, digest")
     convert = actions.add_parser("convert", help="write it in another layout")
+    _restore_parser(actions)
     for action in (inspect, convert):
         action.add_argument("source", help="a folder, org/name@revision, models:/name/version or dvc:REPOSITORY#PATH")
         action.add_argument("--assets", type=Path, help="folder with norm_stats.json and tokenizer, where it has none")
@@ -196,6 +200,8 @@ def _checkpoint_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
+    if options.action == "restore":
+        return _restore(options)
     if options.action == "inspect":
         from pi0rl.policy.inspection import inspect
 
@@ -246,7 +252,7 @@ def _stage(options: argparse.Namespace) -> None:
     if "DVC_STAGE" not in os.environ:
         dvc = str(Path(sys.executable).parent / "dvc")
         done = [experiment.address(stage) for stage in experiment.stages if stage in ("resolve", options.command)]
-        command = [dvc, "commit", "--quiet", "--force", *done]
+        command = [dvc, "--wait-for-lock", "commit", "--quiet", "--force", *done]
         if run_child(command, cwd=experiment.root, environment={}, on_line=None, send=os.killpg):
             raise UserError(f"{options.command} is done, but DVC could not record it; what it said is above")
 
@@ -294,21 +300,18 @@ def _restore(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from pi0rl.restore import compare, differences, repetition
+    from pi0rl.reproduce import code_differences, compare, repetition
 
     run, experiment = repetition(options.run)
-    for line in differences(run, experiment.root):
+    for line in code_differences(run, experiment.root):
         print(f"not as it was: {line}", file=sys.stderr)
     freeze(experiment)
     if code := _flow(experiment.root, "flows.experiment", experiment.reference):
         return code
-    stages = compare(run, experiment)
-    for stage in stages:
-        verdict = (
-            "bit-identical" if stage.identical else f"differs: {stage.recorded} then, {stage.repeated or 'nothing'} now"
-        )
-        print(f"{stage.stage}: {verdict}")
-    return 0 if all(stage.identical for stage in stages) else 1
+    comparisons = compare(run, experiment)
+    for comparison in comparisons:
+        print(comparison)
+    return 1 if any(comparison.difference for comparison in comparisons) else 0
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -1,12 +1,10 @@
-"""Bring back what an MLflow run recorded: checkpoints by their hash in DVC's cache, and the whole run by its params."""
+"""Bring back what an MLflow run recorded: its stages' outputs, by their hash in DVC's cache."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -15,26 +13,10 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment, open_experiment, project_root
-from pi0rl.provenance import commit, versions
+from pi0rl.experiment import project_root
 from pi0rl.tracking.mlflow_logger import tracking_uri
-from pi0rl.tracking.publish import dvc_hashes
 
 STAGES = ("demos", "sft", "train", "evaluate")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One stage of a run and of its repetition; a hash is empty where there is none."""
-
-    stage: str
-    recorded: str
-    repeated: str
-
-    @property
-    def identical(self) -> bool:
-        """Whether both have the stage, with the same bytes."""
-        return self.recorded == self.repeated != ""
 
 
 def find_run(run: str) -> Run:
@@ -94,47 +76,8 @@ def recorded_hashes(run: Run) -> dict[str, str]:
     return {stage: run.data.tags[f"dvc.{stage}"] for stage in STAGES if f"dvc.{stage}" in run.data.tags}
 
 
-def repetition(run: str) -> tuple[Run, Experiment]:
-    """The experiment that repeats an MLflow run, with its recorded params, in ``runs/reproduced/<run id>``."""
-    found = find_run(run)
-    root = project_root()
-    folder = root / "runs" / "reproduced" / found.info.run_id[:8]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        MlflowClient(tracking_uri(root)).download_artifacts(found.info.run_id, "params.yaml", str(folder))
-    except MlflowException as error:
-        raise UserError(f"MLflow run {run}: it holds no params.yaml; only finished runs can be repeated") from error
-    return found, open_experiment(os.path.relpath(folder))
-
-
-def differences(run: Run, root: Path) -> list[str]:
-    """What of the code and the packages is not as it was, one line each."""
-    tags, here = run.data.tags, commit(root)
-    lines = []
-    if tags.get("mlflow.source.git.commit") != here.hash:
-        lines.append(f"commit {tags.get('mlflow.source.git.commit') or 'unknown'}, here {here}")
-    if "true" in (tags.get("git.dirty"), str(here.dirty).lower()):
-        lines.append("uncommitted changes, " + ("then" if tags.get("git.dirty") == "true" else "here"))
-    recorded = {name.removeprefix("version."): version for name, version in tags.items() if name.startswith("version.")}
-    lines += [
-        f"{name} {recorded[name]}, here {version}"
-        for name, version in versions().items()
-        if recorded.get(name, version) != version
-    ]
-    return lines
-
-
-def compare(run: Run, experiment: Experiment) -> list[Comparison]:
-    """The recorded stages beside those of the repetition; ``evaluate`` holds videos and times and is left out."""
-    repeated = dvc_hashes(experiment)
-    return [
-        Comparison(stage, digest, repeated.get(stage, ""))
-        for stage, digest in recorded_hashes(run).items()
-        if stage != "evaluate"
-    ]
-
-
 def _dvc(root: Path, command: str, pointer: Path) -> bool:
     dvc = str(Path(sys.executable).parent / "dvc")
-    done = subprocess.run([dvc, command, "--quiet", str(pointer)], cwd=root, capture_output=True, text=True)
+    arguments = [dvc, "--wait-for-lock", command, "--quiet", str(pointer)]
+    done = subprocess.run(arguments, cwd=root, capture_output=True, text=True)
     return done.returncode == 0

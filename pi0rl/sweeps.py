@@ -128,8 +128,8 @@ def sweep_dir(name: str) -> Path:
 
 
 def sweep_report_dir(name: str) -> Path:
-    """``reports/sweeps/<sweep>``."""
-    return project_root() / "reports" / "sweeps" / name
+    """``reports/sweeps/<sweep>/comparison``, beside the points' reports."""
+    return project_root() / "reports" / "sweeps" / name / "comparison"
 
 
 def grid_points(sweep: Sweep) -> tuple[Point, ...]:

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from projects import call, environment, make_project
 
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, freeze, open_experiment
+from pi0rl.reproduce import Comparison, _results_difference
 from pi0rl.restore import restore
 from pi0rl.tracking.mlflow_logger import MlflowLogger
 from pi0rl.tracking.publish import dvc_hashes
@@ -37,7 +39,10 @@ def test_stages_come_back_after_their_folder_is_gone(finished: tuple[Experiment,
     experiment, run_id = finished
     before = (experiment.stage_dir("sft") / "file").read_bytes()
     shutil.rmtree(experiment.root / "runs")
-    folder = restore(run_id)
+    result = call("checkpoint", "restore", run_id, cwd=experiment.root)
+    assert result.returncode == 0, result.stderr
+    folder = experiment.root / "runs" / "restored" / run_id[:8]
+    assert result.stdout == f"restored to {folder}\n"
     assert (folder / "sft" / "file").read_bytes() == before
     assert (folder / "demos" / "params.yaml").is_file()
     with pytest.raises(UserError, match="exists already"):
@@ -62,4 +67,16 @@ def test_a_run_is_repeated_and_compared(finished: tuple[Experiment, str]) -> Non
     result = call("reproduce", run_id, cwd=experiment.root)
     assert result.returncode == 1
     assert "demos: bit-identical" in result.stdout
-    assert "sft: differs" in result.stdout
+    assert "sft: differs: 1 of 1 files: file" in result.stdout
+
+
+def test_where_an_evaluation_differs_is_said() -> None:
+    def results(successes: int) -> dict[str, Any]:
+        task = {"split": "held_out", "suite": "libero_object", "task_id": 3, "counts": {"ppo": [successes, 10]}}
+        return {"tasks": [task]}
+
+    assert _results_difference(results(7), results(7)) == ""
+    difference = _results_difference(results(7), results(6))
+    assert difference == "held_out libero_object task 3 ppo: [7, 10] then, [6, 10] now"
+    assert str(Comparison("evaluate", difference)).startswith("evaluate: differs: held_out")
+    assert str(Comparison("evaluate", "")) == "evaluate: same results"

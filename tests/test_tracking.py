@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from projects import make_project
 
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment, open_experiment
+from pi0rl.experiment import Experiment, open_experiment, resolve
 from pi0rl.tracking.alarms import WINDOW, alarms
 from pi0rl.tracking.loggers import Table, open_loggers
 from pi0rl.tracking.metrics import METRICS, MetricsWriter, read_alarms, read_table
 from pi0rl.tracking.mlflow_logger import MlflowLogger, flatten, tracking_uri
-from pi0rl.tracking.publish import dvc_hashes, evaluation_metrics
+from pi0rl.tracking.publish import catch_up, dvc_hashes, evaluation_metrics, publish
 from pi0rl.tracking.sweep import begin_sweep
+from pi0rl.tracking.system import gpu_metrics
 from pi0rl.tracking.terminal import TrainingView, sparkline
 
 
@@ -44,7 +47,9 @@ def test_a_resumed_file_equals_an_uninterrupted_one(experiment: Experiment) -> N
     assert metrics.read_bytes() == whole
     assert metrics.read_text().splitlines()[:2] == ["iteration,env/success_once,actor/loss", "0,0.0,"]
     assert read_table(metrics)[5]["env/success_once"] == 5 / 7
-    assert read_table(metrics.with_name("timing.csv"))[5] == {"time/step": 1.5}
+    timing = read_table(metrics.with_name("timing.csv"))[5]
+    assert timing["time/step"] == 1.5
+    assert 0 < timing["system/system_memory_usage_percentage"] <= 100
 
 
 def test_every_metric_has_an_explanation(experiment: Experiment) -> None:
@@ -77,6 +82,20 @@ def test_an_mlflow_run_has_one_history(experiment: Experiment, monkeypatch: pyte
     assert run.info.status == "FINISHED"
     assert run.data.params["actor.model.num_steps"] == "4"
     assert run.data.tags["dvc.train"] == "abc.dir"
+
+
+def test_gpus_are_read_from_the_drivers_table() -> None:
+    table = "97, 40960, 81920, 412.50\n0, 10, 81920, [N/A]\n"
+    assert gpu_metrics(table) == {
+        "system/gpu_0_utilization_percentage": 97.0,
+        "system/gpu_0_memory_usage_megabytes": pytest.approx(42949.67),
+        "system/gpu_0_memory_usage_percentage": 50.0,
+        "system/gpu_0_power_usage_watts": 412.5,
+        "system/gpu_1_utilization_percentage": 0.0,
+        "system/gpu_1_memory_usage_megabytes": pytest.approx(10.48576),
+        "system/gpu_1_memory_usage_percentage": pytest.approx(0.01220703125),
+    }
+    assert gpu_metrics("") == {}
 
 
 def _client(experiment: Experiment):
@@ -121,28 +140,74 @@ def test_results_become_columns_a_table_nested_runs_and_a_champion(
     begin_sweep("s", folder, experiment)
     for success, p, champion in ((60, 0.20, None), (70, 0.01, 70), (65, 0.01, 70), (80, 0.001, 80)):
         (experiment.run_dir / "mlflow_run_id").unlink(missing_ok=True)
-        rows = [
-            {"policy": name, "split": "held_out", "suite": "libero_object", "k": k, "n": 100, "wilson": [0.3, 0.6]}
-            for name, k in (("sft", 50), ("ppo", success))
-        ]
-        tests = [
-            {"suite": suite, "before": "sft", "after": "ppo", "change": success / 100 - 0.5, "mcnemar_p": p}
-            for suite in ("libero_object", "all")
-        ]
         logger = MlflowLogger(experiment)
         for _ in range(2):  # published twice: nothing twice
-            logger.add_results({"rows": rows, "comparisons": tests}, {"train": f"{success}.dir"})
+            logger.add_results(_results(success, p, "abc"), {"train": f"{success}.dir"})
         logger.finish()
-        assert client.get_model_version_by_alias("libero_object", "candidate").tags["dvc.train"] == f"{success}.dir"
-        reigning = client.get_registered_model("libero_object").aliases.get("champion")
-        version = None if reigning is None else client.get_model_version("libero_object", reigning)
+        assert client.get_model_version_by_alias("libero_object-abc", "candidate").tags["dvc.train"] == f"{success}.dir"
+        reigning = client.get_registered_model("libero_object-abc").aliases.get("champion")
+        version = None if reigning is None else client.get_model_version("libero_object-abc", reigning)
         assert champion == (None if version is None else 100 * float(version.tags["success"]))
     run = client.get_run(logger.run_id)
-    assert run.data.metrics["success/ppo"] == 0.8
+    assert run.data.metrics["success/ppo"] == run.data.metrics["after"] == 0.8
+    assert (run.data.metrics["before"], run.data.metrics["change"]) == (0.5, 0.3)
     assert run.data.tags["mlflow.parentRunId"] == (folder / "mlflow_run_id").read_text().strip()
-    assert len(client.load_table(run.info.experiment_id, "results.json", [run.info.run_id])) == 2
+    assert len(client.load_table(run.info.experiment_id, "results.json", [run.info.run_id])) == 3
     nested = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    assert [(each.info.run_name, each.data.metrics["success/ppo"]) for each in nested] == [("libero_object", 0.8)]
+    (suite,) = nested
+    assert suite.info.run_name == "libero_object"
+    assert suite.data.metrics["success/ppo"] == 0.8
+    assert suite.data.metrics["success/sft/official"] == 0.1
+    assert suite.data.tags["pi0rl.seed"] == "0"
+
+
+def test_another_protocol_is_another_exam(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for success, protocol in ((90, "abc"), (60, "def")):
+        (experiment.run_dir / "mlflow_run_id").unlink(missing_ok=True)
+        MlflowLogger(experiment).add_results(_results(success, 0.01, protocol), {"train": f"{success}.dir"})
+    champion = _client(experiment).get_model_version_by_alias("libero_object-def", "champion")
+    assert champion.tags["success"] == "0.6"
+
+
+def _results(success: int, p: float, protocol: str) -> dict[str, Any]:
+    """The results.json of 100 held-out episodes, of which the start solves 50, and some official ones."""
+    rows = [
+        {"policy": name, "split": split, "suite": "libero_object", "k": k, "n": 100, "wilson": [0.3, 0.6]}
+        for name, split, k in (("sft", "held_out", 50), ("ppo", "held_out", success), ("sft", "official", 10))
+    ]
+    change = {"before": "sft", "after": "ppo", "split": "held_out", "change": success / 100 - 0.5, "mcnemar_p": p}
+    comparisons = [{"suite": suite, **change} for suite in ("libero_object", "all")]
+    return {"rows": rows, "comparisons": comparisons, "protocol": protocol}
+
+
+def test_what_a_finished_run_missed_is_sent_when_the_server_is_back(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(experiment)
+    _train(experiment, 0, 2)
+    experiment.report_dir.mkdir(parents=True)
+    (experiment.report_dir / "results.json").write_text(json.dumps(_results(70, 0.01, "abc")))
+    hashes = "{path: runs/quickstart/train, md5: abc.dir}, {path: runs/quickstart/demos, md5: def.dir}"
+    (experiment.root / "dvc.lock").write_text(f"stages: {{train: {{outs: [{hashes}]}}}}")
+    capsys.readouterr()
+    publish(experiment)
+    assert capsys.readouterr().err.count("going on without it") == 1
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    begin_sweep("s", experiment.run_dir.parent, experiment)
+    catch_up(experiment)
+    assert [step for step, _ in _history(experiment)] == [0, 1]
+    run = _client(experiment).get_run(_run_id(experiment))
+    assert run.data.tags["pi0rl.protocol"] == "abc"
+    assert run.data.tags["mlflow.parentRunId"] == (experiment.run_dir.parent / "mlflow_run_id").read_text().strip()
+    datasets = {each.dataset.name: each.dataset.digest for each in run.inputs.dataset_inputs}
+    assert datasets == {
+        "demonstrations of libero_object": "def.dir",
+        "libero_object held_out": "abc",
+        "libero_object official": "abc",
+    }
+    catch_up(experiment)  # once
+    assert not (experiment.run_dir / "mlflow_behind").exists()
 
 
 def _calm(iterations: int) -> tuple[Table, Table]:
@@ -232,4 +297,4 @@ def test_tensorboard_reads_the_same_names(experiment: Experiment) -> None:
     events = EventAccumulator(str(folder)).Reload()
     points = [(event.step, event.value) for event in events.Scalars("env/success_once")]
     assert points == [(number, pytest.approx(number / 7)) for number in range(5)]
-    assert set(events.Tags()["scalars"]) == {"env/success_once", "actor/loss", "time/step"}
+    assert {"env/success_once", "actor/loss", "time/step"} <= set(events.Tags()["scalars"])

@@ -1,7 +1,8 @@
 """The one list of metric names, and the files that hold them.
 
-``metrics.csv`` holds what params and seed decide and repeats to the byte; ``timing.csv`` holds times and rates. Both
-are written whole under a temporary name at every iteration, so a reader or a resume never meets half a row.
+``metrics.csv`` holds what params and seed decide and repeats to the byte; ``timing.csv`` holds times, rates and how
+busy the machine was. Both are written whole under a temporary name at every iteration, so a reader or a resume never
+meets half a row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
 from pi0rl.tracking.alarms import Alarm, Kind, alarms
 from pi0rl.tracking.loggers import Table, open_loggers
+from pi0rl.tracking.system import system_metrics
 from pi0rl.tracking.terminal import TrainingView
 
 STEP = "iteration"
@@ -71,6 +73,7 @@ METRICS: dict[str, str] = {
     "eval/<suite>/success_once": "success without noise: on the evaluation plan, or where training is validated",
     "time/*": "seconds of an iteration's parts; kept in timing.csv",
     "perf/*": "rates, e.g. control steps per second; kept in timing.csv",
+    "system/*": "how busy the machine is: cores, memory, GPUs; kept in timing.csv",
 }
 
 
@@ -117,6 +120,7 @@ class MetricsWriter:
         """
         if unknown := unexplained(metrics):
             raise ValueError(f"metrics without an explanation in pi0rl.tracking.metrics.METRICS: {', '.join(unknown)}")
+        timing = {**timing, **system_metrics()}
         self._metrics.append(iteration, metrics)
         self._timing.append(iteration, timing)
         tables = self._tables()

@@ -24,7 +24,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
@@ -34,6 +34,7 @@ from pi0rl.params import params_hash
 from pi0rl.provenance import commit, versions
 from pi0rl.tracking.loggers import Table
 from pi0rl.tracking.results import log_results
+from pi0rl.tracking.view import VIEW_TAGS
 
 for _noisy in ("mlflow", "alembic"):  # they greet every new database with a page of lines
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -55,7 +56,7 @@ class _History:
 
     def contradicts(self, table: Table) -> bool:
         """Whether ``table`` says something else for a step that the run has; times never repeat and do not count."""
-        repeats = not self.name.startswith(("time/", "perf/"))
+        repeats = not self.name.startswith(("time/", "perf/", "system/"))
         return repeats and any(
             step in self.points and row.get(self.name) != self.points[step] for step, row in table.items()
         )
@@ -71,6 +72,11 @@ class MlflowLogger:
         self._run_id = ""
         self._histories: dict[int, _History] = {}
         self._complained = False
+
+    @property
+    def behind(self) -> bool:
+        """Whether something could not be sent."""
+        return self._complained
 
     @property
     def run_id(self) -> str:
@@ -94,6 +100,10 @@ class MlflowLogger:
     def add_results(self, results: dict[str, Any], hashes: dict[str, str]) -> None:
         """Log what the evaluation found, see :mod:`pi0rl.tracking.results`."""
         self._attempt(lambda client: log_results(client, self._run_id, results, hashes))
+
+    def add_datasets(self, datasets: Sequence[DatasetInput]) -> None:
+        """Name what the run was trained and evaluated on."""
+        self._attempt(lambda client: client.log_inputs(self._run_id, datasets))
 
     def close(self, failed: bool) -> None:
         """Mark an interrupted run; a stage that ended well leaves the run open for the next stage."""
@@ -128,6 +138,8 @@ class MlflowLogger:
             client.update_run(self._run_id, status="RUNNING")
             if not run.data.params:  # the server went away between the two
                 self._log_params(client)
+            if MLFLOW_PARENT_RUN_ID not in run.data.tags:  # or came back only after the sweep had begun
+                self._log(client, tags=[RunTag(name, value) for name, value in self._parent().items()])
 
     def _begin(self, client: MlflowClient) -> None:
         params = self._experiment.params
@@ -216,12 +228,16 @@ def find_run(client: MlflowClient, run_id: str) -> Run | None:
 
 
 def experiment_id(client: MlflowClient, name: str, root: Path) -> str:
-    """The MLflow experiment called ``name``, made where there is none."""
+    """The MLflow experiment called ``name``, made where there is none, with its list of runs as the comparison."""
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    local = tracking_uri(root).startswith("sqlite:")
-    return client.create_experiment(name, artifact_location=(root / "mlruns").as_uri() if local else None)
+    if found is None:
+        local = tracking_uri(root).startswith("sqlite:")
+        place = (root / "mlruns").as_uri() if local else None
+        return client.create_experiment(name, artifact_location=place, tags=VIEW_TAGS)
+    for tag, value in VIEW_TAGS.items():
+        if found.tags.get(tag) != value:
+            client.set_experiment_tag(found.experiment_id, tag, value)
+    return found.experiment_id
 
 
 def _tags(experiment: Experiment) -> dict[str, str]:
@@ -230,6 +246,7 @@ def _tags(experiment: Experiment) -> dict[str, str]:
     return {
         "mlflow.source.name": f"pi0rl run {experiment.reference}",
         "mlflow.source.git.commit": checkout.hash,
+        "pi0rl.kind": "experiment",
         "git.dirty": str(checkout.dirty).lower(),
         "pi0rl.params_hash": params_hash(experiment.params),
         "pi0rl.seed": str(experiment.params.seed),

@@ -1,4 +1,8 @@
-"""Complete an experiment's MLflow run: all metrics, results, artifacts, and the DVC hashes of its checkpoints."""
+"""Complete an experiment's MLflow run: all metrics, results, artifacts, and the DVC hashes of its checkpoints.
+
+Where the server is away, ``runs/<experiment>/mlflow_behind`` stays until it is made up for: by the next `pi0rl run`,
+sweep or deployment that meets the experiment, though all its stages are done, or by `pi0rl report`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,13 @@ from pathlib import Path
 import yaml
 
 from pi0rl.experiment import Experiment
+from pi0rl.tracking.datasets import datasets
 from pi0rl.tracking.loggers import Table
 from pi0rl.tracking.metrics import read_table
 from pi0rl.tracking.mlflow_logger import MlflowLogger
+
+# In a run's folder
+BEHIND = "mlflow_behind"
 
 
 def publish(experiment: Experiment) -> None:
@@ -22,18 +30,31 @@ def publish(experiment: Experiment) -> None:
     if "mlflow" not in experiment.params.runner.logger.logger_backends:
         return
     logger = MlflowLogger(experiment)
-    results = experiment.report_dir / "results.json"
+    results = json.loads((experiment.report_dir / "results.json").read_text())
     tables = [
         _table(experiment.stage_dir(stage) / name)
         for stage, name in (("sft", "metrics.csv"), ("train", "metrics.csv"), ("train", "timing.csv"))
     ]
-    logger.sync([*tables, {0: evaluation_metrics(json.loads(results.read_text())["rows"])}])
+    logger.sync([*tables, {0: evaluation_metrics(results["rows"])}])
     hashes = dvc_hashes(experiment)
     logger.describe({f"dvc.{stage}": digest for stage, digest in hashes.items()})
+    if "protocol" in results:
+        logger.describe({"pi0rl.protocol": results["protocol"]})
+    logger.add_datasets(datasets(experiment, results, hashes))
     logger.add_artifact(experiment.run_dir / "params.yaml")
     logger.add_artifact(experiment.report_dir, "report")
-    logger.add_results(json.loads(results.read_text()), hashes)
+    logger.add_results(results, hashes)
     logger.finish()
+    if logger.behind:
+        (experiment.run_dir / BEHIND).touch()
+    else:
+        (experiment.run_dir / BEHIND).unlink(missing_ok=True)
+
+
+def catch_up(experiment: Experiment) -> None:
+    """Publish an experiment whose report was made while the server was away; nothing otherwise."""
+    if (experiment.run_dir / BEHIND).is_file():
+        publish(experiment)
 
 
 def evaluation_metrics(rows: Sequence[dict[str, object]]) -> dict[str, float]:

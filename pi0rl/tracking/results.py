@@ -1,7 +1,8 @@
 """The results of a finished experiment in MLflow: columns, a table, a nested run per suite, and a model version.
 
-So the list of runs, sorted and filtered, is the comparison. The registered model of a list of suites holds a version
-per run; its alias ``candidate`` is the newest one, ``champion`` the best that the evaluation's rule lets through.
+So the list of runs, sorted and filtered, is the comparison. The registered model of a list of suites and a protocol
+holds a version per run; its alias ``candidate`` is the newest one, ``champion`` the best that the evaluation's rule
+lets through. Results under another protocol are another exam, so they are another model's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def log_results(client: MlflowClient, run_id: str, results: dict[str, Any], hash
     Args:
         client: of the tracking server.
         run_id: the experiment's run.
-        results: ``rows``, ``comparisons``, ``mcnemar_p`` as the report writes them.
+        results: ``rows``, ``comparisons``, ``protocol`` as the report writes them.
         hashes: stage -> hash in DVC's cache.
     """
     client.log_batch(run_id, metrics=_metrics(_columns(results)))
@@ -42,32 +43,48 @@ def log_results(client: MlflowClient, run_id: str, results: dict[str, Any], hash
 
 
 def _columns(results: dict[str, Any]) -> dict[str, float]:
-    """``success/<policy>`` over all suites, and the paired test of the trained one."""
+    """``success/<policy>`` over all suites of the judged split, and the comparison of the trained policy's."""
+    split = _judged_split(results)
     totals: dict[str, list[int]] = {}
     for row in results["rows"]:
-        k, n = totals.setdefault(row["policy"], [0, 0])
-        totals[row["policy"]] = [k + row["k"], n + row["n"]]
+        if row["split"] == split:
+            k, n = totals.setdefault(row["policy"], [0, 0])
+            totals[row["policy"]] = [k + row["k"], n + row["n"]]
     columns = {f"success/{policy}": k / n for policy, (k, n) in totals.items()}
-    overall = next((test for test in results["comparisons"] if test["suite"] == "all"), None)
-    return columns | ({} if overall is None else {"change": overall["change"], "mcnemar_p": overall["mcnemar_p"]})
+    return columns | _comparison(results, "all", split, columns)
+
+
+def _judged_split(results: dict[str, Any]) -> str:
+    """Held-out episodes where there are some: the report puts them first."""
+    return results["rows"][0]["split"]
+
+
+def _comparison(results: dict[str, Any], suite: str, split: str, success: dict[str, float]) -> dict[str, float]:
+    """``before``, ``after``, ``change``, ``mcnemar_p``: the same columns whatever the algorithm; none untrained."""
+    tests = [test for test in results["comparisons"] if (test["suite"], test["split"]) == (suite, split)]
+    if not tests:
+        return {}
+    before, after = (success[f"success/{tests[0][side]}"] for side in ("before", "after"))
+    change = round(tests[0]["change"], 6)  # 0.18, not 0.18000000000000005
+    return {"before": before, "after": after, "change": change, "mcnemar_p": tests[0]["mcnemar_p"]}
 
 
 def _log_suite(client: MlflowClient, parent: str, suite: str, results: dict[str, Any]) -> None:
-    """The nested run of one suite's evaluation."""
-    rows = [row for row in results["rows"] if row["suite"] == suite]
-    tests = [test for test in results["comparisons"] if test["suite"] == suite]
-    metrics = {f"success/{row['policy']}": row["k"] / row["n"] for row in rows}
-    metrics |= {
-        f"{row['policy']}/{side}": row["wilson"][end] for row in rows for end, side in enumerate(("low", "high"))
-    }
-    metrics |= {f"episodes/{row['policy']}": row["n"] for row in rows}
-    for test in tests:
-        metrics |= {"change": test["change"], "mcnemar_p": test["mcnemar_p"]}
+    """The nested run of one suite's evaluation; it is found by the tags of its experiment's run, too."""
+    split = _judged_split(results)
+    metrics: dict[str, float] = {}
+    for row in results["rows"]:
+        if row["suite"] == suite:
+            name = row["policy"] if row["split"] == split else f"{row['policy']}/{row['split']}"
+            metrics |= {f"success/{name}": row["k"] / row["n"], f"episodes/{name}": row["n"]}
+            metrics |= {f"low/{name}": row["wilson"][0], f"high/{name}": row["wilson"][1]}
+    metrics |= _comparison(results, suite, split, metrics)
     run = client.get_run(parent)
     mine = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and attributes.run_name = '{suite}'"
     found = client.search_runs([run.info.experiment_id], mine, max_results=1)
     child = found[0] if found else client.create_run(run.info.experiment_id, run_name=suite)
-    tags = {MLFLOW_PARENT_RUN_ID: parent, "pi0rl.kind": "evaluation", "pi0rl.suites": suite}
+    tags = {name: value for name, value in run.data.tags.items() if name.startswith("pi0rl.")}
+    tags |= {MLFLOW_PARENT_RUN_ID: parent, "pi0rl.kind": "evaluation", "pi0rl.suites": suite}
     client.log_batch(
         child.info.run_id, metrics=_metrics(metrics), tags=[RunTag(name, value) for name, value in tags.items()]
     )
@@ -75,8 +92,8 @@ def _log_suite(client: MlflowClient, parent: str, suite: str, results: dict[str,
 
 
 def _register(client: MlflowClient, run_id: str, results: dict[str, Any], hashes: dict[str, str]) -> None:
-    """A version of the suites' registered model: its weights are in DVC's cache, under the hash it records."""
-    name = "-".join(dict.fromkeys(row["suite"] for row in results["rows"]))
+    """A version of the registered model: its weights are in DVC's cache, under the hash it records."""
+    name = "-".join([*dict.fromkeys(row["suite"] for row in results["rows"]), results["protocol"]])
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -84,13 +101,12 @@ def _register(client: MlflowClient, run_id: str, results: dict[str, Any], hashes
             raise
     if client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         return
-    card = {"dvc": hashes, "restore": f"pi0rl restore {run_id}"}
+    card = {"dvc": hashes, "restore": f"pi0rl checkpoint restore {run_id}"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "checkpoint.json").write_text(json.dumps(card, indent=1))
         client.log_artifact(run_id, str(Path(folder) / "checkpoint.json"), CHECKPOINT)
     columns = _columns(results)
-    trained = [policy for policy in columns if policy.startswith("success/") and policy != "success/sft"]
-    success = columns[trained[0]] if trained else 0.0
+    success = columns.get("after", 0.0)
     tags = {f"dvc.{stage}": digest for stage, digest in hashes.items()} | {"success": repr(success)}
     version = client.create_model_version(name, f"runs:/{run_id}/{CHECKPOINT}", run_id, tags=tags)
     client.set_registered_model_alias(name, "candidate", version.version)

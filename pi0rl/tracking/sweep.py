@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
+from pi0rl.provenance import commit
 from pi0rl.tracking.mlflow_logger import FAILURES, RUN_ID, experiment_id, find_run, tracking_uri
 
 
@@ -29,7 +30,13 @@ def begin_sweep(name: str, folder: Path, point: Experiment) -> None:
         path = folder / RUN_ID
         run = find_run(client, path.read_text().strip()) if path.is_file() else None
         if run is None:
-            tags = {"pi0rl.kind": "sweep", "mlflow.source.name": f"pi0rl sweep {name}"}
+            checkout = commit(point.root)
+            tags = {
+                "pi0rl.kind": "sweep",
+                "mlflow.source.name": f"pi0rl sweep {name}",
+                "mlflow.source.git.commit": checkout.hash,
+                "git.dirty": str(checkout.dirty).lower(),
+            }
             run = client.create_run(experiment_id(client, logger.project_name, point.root), tags=tags, run_name=name)
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(path, run.info.run_id + "\n")

@@ -1,0 +1,50 @@
+"""A sweep as it runs: points side by side, one fails, one is killed; the same command then runs what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from projects import call, dvc, make_sweep
+
+POINTS = ["lr0.0001-seed0", "lr0.0001-seed1", "lr0.0002-seed0", "lr0.0002-seed1"]
+
+
+def test_a_sweep_outlives_its_points_and_runs_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    project = make_sweep(tmp_path / "p")
+    (project / "fail-lr0.0001-seed1").touch()
+    (project / "kill-lr0.0002-seed0").touch()
+    result = call("sweep", "quickstart", cwd=project)
+    assert result.returncode == 2
+    assert "1 of 4 points failed (lr0.0001-seed1: train: no GL driver; install one)" in result.stderr
+    assert "the same command runs only these again" in result.stderr
+    assert "train: killed (exit code 137); once more" in result.stdout
+    assert (project / "overlapped").exists()
+    assert _ran(project) == [point for point in POINTS if point != "lr0.0001-seed1"]
+    assert _compared(project) == _ran(project)
+
+    (project / "fail-lr0.0001-seed1").unlink()
+    (project / "log").unlink()
+    result = call("sweep", "quickstart", cwd=project)
+    assert result.returncode == 0, result.stderr
+    assert _ran(project) == ["lr0.0001-seed1"]
+    assert _compared(project) == POINTS
+    files = [f"runs/sweeps/quickstart/{point}/dvc.yaml" for point in POINTS]
+    assert "up to date" in dvc("status", *files, cwd=project)
+    assert "Running stage" not in dvc("repro", *files, cwd=project)
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    run = client.get_run((project / "runs/sweeps/quickstart/mlflow_run_id").read_text().strip())
+    assert (run.info.status, run.data.metrics["success/best"]) == ("FINISHED", 0.6)
+
+
+def _ran(project: Path) -> list[str]:
+    return sorted((project / "log").read_text().split())
+
+
+def _compared(project: Path) -> list[str]:
+    return pd.read_csv(project / "reports" / "sweeps" / "quickstart" / "comparison" / "comparison.csv")["point"].tolist()
