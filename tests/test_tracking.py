@@ -58,6 +58,11 @@ def test_every_metric_has_an_explanation(experiment: Experiment) -> None:
         writer.write(0, {"actor/secret": 1.0}, {})
 
 
+def test_the_docs_explain_every_metric_in_the_same_words() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "algorithm.md").read_text()
+    assert [name for name, meaning in METRICS.items() if f"| `{name}` | {meaning} |" not in page] == []
+
+
 def test_a_tracking_server_that_is_away_is_said_once(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,6 +202,7 @@ def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placemen
         .remote(
             start,
             players.sampler,
+            players.lora,
             config.update,
             config.train_expert_only,
             config.gradient_checkpointing,

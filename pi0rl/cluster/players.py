@@ -17,6 +17,7 @@ from pi0rl.cluster.rollout_worker import NoiseKey, RolloutWorker
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult, SlotConfig
+from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
 from pi0rl.rl.config import RewardConfig
 
@@ -31,6 +32,7 @@ class PlayersConfig:
         slots: simulations in all of them together.
         stages: groups per env worker that take turns with inference (``rollout.pipeline_stage_num``).
         sampler: how actions are drawn.
+        lora: adapters to put on the policy, in training: saved policies have none.
     """
 
     slot: SlotConfig
@@ -38,6 +40,7 @@ class PlayersConfig:
     slots: int
     stages: int
     sampler: SamplerConfig
+    lora: LoraConfig | None = None
 
     @property
     def slots_per_cell(self) -> int:
@@ -61,7 +64,11 @@ class Players:
         devices: Sequence[int | None] = placement.rollout or (None,)
         self._rollouts = [
             rollout_class.options(**gpu_options(placement, device)).remote(
-                checkpoint, config.sampler, 1, "cpu" if device is None or placement.accelerator == "cpu" else "cuda"
+                checkpoint,
+                config.sampler,
+                config.lora,
+                1,
+                "cpu" if device is None or placement.accelerator == "cpu" else "cuda",
             )
             for device in devices
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,15 @@ from pi0rl.libero.slots import IDLE, Look, Played
 from pi0rl.observation import Observation
 from pi0rl.policy.checkpoints import load_policy
 from pi0rl.policy.lora import LoraConfig, with_lora
-from pi0rl.policy.sampling import Sample, SamplerConfig, episode_noise, sample, stack_noise
+from pi0rl.policy.sampling import (
+    EpisodeNoise,
+    Sample,
+    SamplerConfig,
+    episode_noise,
+    sample,
+    stack_noise,
+    step_uniform,
+)
 from pi0rl.rl.config import RewardConfig
 from pi0rl.rl.trajectories import Trajectory, shape_rewards, step_dones
 
@@ -90,7 +98,7 @@ class RolloutWorker:
         shape = (config.num_steps + 1, model.action_horizon, model.action_dim)
         noise = stack_noise(
             [
-                episode_noise(*self._key(), max(int(episode), 0), int(chunk), shape)
+                self._look_noise(max(int(episode), 0), int(chunk), shape)
                 for episode, chunk in zip(look.episode, look.chunk, strict=True)
             ]
         ).to(self._device)
@@ -109,6 +117,12 @@ class RolloutWorker:
             _trajectory(recording, plan[index], rewards, max_episode_steps)
             for index, recording in sorted(self._recordings.items())
         ]
+
+    def _look_noise(self, episode: int, chunk: int, shape: tuple[int, int, int]) -> EpisodeNoise:
+        noise, shared = episode_noise(*self._key(), episode, chunk, shape), self._sampler.step_shared_by
+        if shared == 1:
+            return noise
+        return replace(noise, uniform=step_uniform(*self._key(), episode - episode % shared, chunk))
 
     def _key(self) -> tuple[int, int, int]:
         return self._noise.seed, self._noise.stream, self._noise.iteration

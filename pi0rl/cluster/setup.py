@@ -14,7 +14,7 @@ from pi0rl.params import EnvEvalParams, EnvTrainParams, Params
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
-from pi0rl.rl.config import GuardConfig, UpdateConfig
+from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
 
 # The tiny policy's features are 128 wide; RLinf's (512, 256, 128) is made for 1024.
 TINY_CRITIC = (128, 64)
@@ -29,7 +29,7 @@ def critic_config(params: Params) -> CriticConfig | None:
         return None
     tiny = params.actor.model.variant == "tiny"
     pi05 = params.actor.model.variant == "pi05"
-    compat = params.algorithm.compat == "rlinf"
+    compat = _compat(params)
     return CriticConfig(
         source="prefix" if openpi.value_after_vlm else "expert",
         hidden=TINY_CRITIC if tiny else (1024, 512, 256) if pi05 else (512, 256, 128),
@@ -39,6 +39,10 @@ def critic_config(params: Params) -> CriticConfig | None:
         pooling=openpi.value_vlm_mode or ("mean_token" if compat else "mean_valid"),
         append_state=openpi.value_after_vlm and not compat,
     )
+
+
+def _compat(params: Params) -> bool:
+    return params.algorithm.compat == "rlinf"
 
 
 def noise_config(params: Params) -> NoiseHeadConfig | None:
@@ -59,6 +63,7 @@ def sampler_config(params: Params) -> SamplerConfig:
         stochastic="joint" if openpi.joint_logprob else _STOCHASTIC[openpi.stochastic_steps],
         ignore_last=openpi.ignore_last,
         squared_error_log_prob=openpi.safe_get_logprob,
+        step_shared_by=params.env.train.total_num_envs if _compat(params) else 1,
     )
 
 
@@ -77,7 +82,13 @@ def players_config(params: Params, env: EnvTrainParams | EnvEvalParams) -> Playe
     """The players of training (its own step limit) or of evaluation (each suite's)."""
     training = isinstance(env, EnvTrainParams)
     limit, lora = (env.max_episode_steps, lora_config(params)) if training else (None, None)
-    slot = SlotConfig(params.env.camera_size, params.env.render_profile, params.env.settle_steps, limit)
+    slot = SlotConfig(
+        camera_size=params.env.camera_size,
+        render_profile=params.env.render_profile,
+        settle_steps=params.env.settle_steps,
+        max_episode_steps=limit,
+        after_success="continue" if training and _compat(params) else "stop",
+    )
     stages = params.rollout.pipeline_stage_num
     return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params), lora)
 
@@ -115,7 +126,7 @@ def validated_states_judged(params: Params) -> int:
 def loop_config(params: Params) -> LoopConfig:
     """The training run."""
     algorithm, env, actor, runner = params.algorithm, params.env.train, params.actor, params.runner
-    compat = algorithm.compat == "rlinf"
+    compat = _compat(params)
     return LoopConfig(
         suites=params.suites,
         split=env.split,
@@ -134,7 +145,12 @@ def loop_config(params: Params) -> LoopConfig:
         train_expert_only=params.openpi.train_expert_only,
         gradient_checkpointing=params.actor.fsdp_config.gradient_checkpointing,
         num_threads=actor.num_threads,
-        rewards=algorithm,
+        rewards=RewardConfig(
+            algorithm.reward_coef,
+            algorithm.use_rel_reward,
+            algorithm.use_step_penalty,
+            algorithm.latch_success and not compat,
+        ),
         update=UpdateConfig(algorithm, actor.optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
         guards=GuardConfig(collapse_drop=None, collapse_kl=None) if compat else algorithm,
     )

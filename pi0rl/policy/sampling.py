@@ -41,6 +41,8 @@ class SamplerConfig:
             ``joint``: every step is stochastic, one log-prob, the mean over the K steps and the prior of x_T (S = 1).
         ignore_last: ``single``: k* is never the last step.
         squared_error_log_prob: use -(x - mean)^2 as log-prob (RLinf: safe_get_logprob).
+        step_shared_by: ``single``: so many consecutive episodes draw the same k* for the same chunk (RLinf: one k* for
+            all that is inferred together).
     """
 
     method: Method = "flow_sde"
@@ -52,6 +54,7 @@ class SamplerConfig:
     stochastic: Literal["single", "last", "all", "joint"] = "single"
     ignore_last: bool = False
     squared_error_log_prob: bool = False
+    step_shared_by: int = 1
 
     def __post_init__(self) -> None:
         if self.num_steps < 2 and self.stochastic == "single" and self.ignore_last:
@@ -86,11 +89,20 @@ def episode_noise(
         stream: separates uses (training, evaluation, ...) of one seed. All indices are non-negative.
         shape: (K + 1, H, D).
     """
-    # The lowest counter word stays free for the draws of this look.
-    counter = np.array([0, chunk, episode, iteration], dtype=np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=counter))
+    generator = _look_generator(seed, stream, iteration, episode, chunk)
     uniform = generator.random()
     return EpisodeNoise(generator.standard_normal(shape, dtype=np.float32), uniform)
+
+
+def step_uniform(seed: int, stream: int, iteration: int, episode: int, chunk: int) -> float:
+    """The ``uniform`` of :func:`episode_noise` alone."""
+    return _look_generator(seed, stream, iteration, episode, chunk).random()
+
+
+def _look_generator(seed: int, stream: int, iteration: int, episode: int, chunk: int) -> np.random.Generator:
+    # The lowest counter word stays free for the draws of this look.
+    counter = np.array([0, chunk, episode, iteration], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=counter))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def cut(params: Params, cores: int) -> Params:
     """``params`` with little work: an iteration of few episodes, each of two chunks, in two minibatches of two parts.
 
     At most one env worker per core, one slot per worker and pipeline stage, and as few episodes as make whole groups.
-    The filter of GRPO's groups is off: nobody succeeds within two chunks, and then it would leave nothing to train on.
+    The filter of GRPO's groups is off: nobody succeeds within two chunks, and then it would leave nothing to train on
+    (as it is, GRPO's advantages and gradients are 0, PPO's come from the critic).
     """
     workers = min(params.env.train.workers, cores)
     slots = workers * params.rollout.pipeline_stage_num

@@ -33,7 +33,7 @@ METRICS: dict[str, str] = {
     "env/steps": "control steps simulated",
     "rollout/rewards_mean": "mean reward of a control step",
     "rollout/samples": "chunks that are trained on",
-    "rollout/advantages_mean": "mean advantage before normalisation",
+    "rollout/advantages_mean": "mean advantage, normalised where that is asked for",
     "rollout/advantages_min": "smallest advantage",
     "rollout/advantages_max": "largest advantage",
     "rollout/advantages_std": "standard deviation of the advantages",
