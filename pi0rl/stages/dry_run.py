@@ -136,10 +136,9 @@ def start_policy(params: Params) -> Policy:
 
 
 def _places(placement: Placement) -> str:
-    kind = "logical GPU" if placement.logical else "GPU"
+    kind = "logical GPU" if placement.accelerator == "cpu" else "GPU"
     places = {"rollout": placement.rollout, "actor": placement.actor}
-    found = [
-        f"{name} on {kind} {', '.join(map(str, gpus))}" if gpus else f"{name} on the CPU"
+    return ", ".join(
+        f"{name} on {kind} {' '.join(map(str, gpus))}" if gpus else f"{name} on the CPU"
         for name, gpus in places.items()
-    ]
-    return "; ".join(["env on cores", *found])
+    )
