@@ -81,4 +81,4 @@ def _commands(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)*(?![\w.])", re.sub(r"`[^`]*`", "", text)))
+    return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)*(?!\w|\.\d)", re.sub(r"`[^`]*`", "", text)))

@@ -50,7 +50,7 @@ def throughput(run: Run, gpus: int) -> tuple[Cost, ...]:
         machine = f"{cores} cores" + (f" and {gpus} GPUs" if gpus else "")
         costs.append(Cost("Machine hours", f"{hours:,.2f} on {machine}"))
         assumption = f"{WATTS_PER_CORE:.0f} W per core" + (f", {WATTS_PER_GPU:.0f} W per GPU" if gpus else "")
-        costs.append(Cost("Energy, a rough estimate", f"{hours * watts / 1000:,.2g} kWh at {assumption}"))
+        costs.append(Cost(f"Energy, roughly ({assumption})", f"{hours * watts / 1000:,.2g} kWh"))
     return tuple(costs)
 
 
