@@ -100,7 +100,13 @@ def test_the_noise_level_is_annealed_by_rl_steps() -> None:
     assert constant.at(9).noise_level == 0.6
 
 
-LORA = ("actor.model.is_lora=true", "actor.model.lora_rank=4", "actor.optim.lr=0.001", "algorithm.target_kl=null")
+LORA = (
+    "actor.model.is_lora=true",
+    "actor.model.lora_rank=4",
+    "actor.optim.lr=0.001",
+    "actor.optim.critic_warmup_iterations=0",
+    "algorithm.target_kl=null",
+)
 
 
 def test_a_run_with_adapters_hands_over_and_resumes(checkpoint: Path, tmp_path: Path) -> None:
