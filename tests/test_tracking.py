@@ -303,3 +303,23 @@ def test_tensorboard_reads_the_same_names(experiment: Experiment) -> None:
     points = [(event.step, event.value) for event in events.Scalars("env/success_once")]
     assert points == [(number, pytest.approx(number / 7)) for number in range(5)]
     assert {"env/success_once", "actor/loss", "time/step"} <= set(events.Tags()["scalars"])
+
+
+def test_several_backends_show_the_same_names_and_values(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    override = "runner.logger.logger_backends=[tensorboard,mlflow,tensorboard]"  # each once
+    logged = open_experiment("quickstart", (override,), "runs/logged")
+    _train(logged, 0, 3)
+    events = EventAccumulator(str(logged.run_dir / "tensorboard")).Reload()
+    shown = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    client = _client(logged)
+    run = client.get_run(_run_id(logged))
+    histories = {name: client.get_metric_history(_run_id(logged), name) for name in run.data.metrics}
+    assert shown == {
+        name: {point.step: pytest.approx(point.value, rel=1e-6) for point in points}
+        for name, points in histories.items()
+    }
