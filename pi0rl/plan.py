@@ -41,7 +41,7 @@ class Line:
 
     Attributes:
         device: ``GPU 3`` or ``main memory``.
-        component: env, rollout or actor.
+        component: env, rollout, actor, or both (rollout and actor in one process).
         purpose: what for.
         size: bytes.
         in_turn: needed only while this component works; components that share a device work in turn.
@@ -122,8 +122,10 @@ def _policy_lines(params: Params, placement: Placement, memory: PolicyMemory) ->
     rollout, actor = ([_gpu(gpu) for gpu in gpus] or [MAIN] for gpus in (placement.rollout, placement.actor))
     for device in dict.fromkeys([*rollout, *actor]):
         sharers = [name for name, devices in (("rollout", rollout), ("actor", actor)) if device in devices]
-        lines += [Line(device, name, "weights", memory.weights) for name in sharers]
-        lines += [Line(device, name, "CUDA and its kernels", CUDA_CONTEXT) for name in sharers if device != MAIN]
+        owner = "both" if len(sharers) > 1 else sharers[0]  # one process with one copy
+        lines.append(Line(device, owner, "weights", memory.weights))
+        if device != MAIN:
+            lines.append(Line(device, owner, "CUDA and its kernels", CUDA_CONTEXT))
         if "rollout" in sharers:
             cache = f"a look, of it keys and values {_gib(memory.look_cache)}"
             lines.append(Line(device, "rollout", cache, memory.look, in_turn=True))

@@ -10,7 +10,7 @@ import pytest
 
 from pi0rl.cluster.loop import Iteration, iteration_plan, train
 from pi0rl.cluster.placement import Placement
-from pi0rl.cluster.players import Players
+from pi0rl.cluster.players import open_players
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import ray_session
 from pi0rl.cluster.setup import critic_config, loop_config, players_config
@@ -63,9 +63,9 @@ def test_outcomes_do_not_depend_on_the_number_of_workers(ray_cluster: None, chec
     outcomes = []
     for workers, stages in ((1, 1), (2, 2)):
         config = replace(players_config(params, params.env.train), workers=workers, stages=stages)
-        players = Players(config, CPU, checkpoint)
         shown: list[EpisodeResult] = []
-        results = players.play(plan, NoiseKey(0, 0, 0), "train", on_results=shown.extend)
+        with open_players(config, CPU, checkpoint) as players:
+            results = players.play(plan, NoiseKey(0, 0, 0), "train", on_results=shown.extend)
         assert sorted(result.index for result in shown) == [row.index for row in plan]
         outcomes.append([(result.index, result.success, result.steps, result.final_state) for result in results])
     assert outcomes[0] == outcomes[1]

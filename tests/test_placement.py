@@ -94,11 +94,11 @@ def test_what_is_said_to_fit_fits(gpus: int) -> None:
 def test_what_a_machine_lacks_is_said_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    modest = Needs(env_workers=1, torch_processes=1, shared=0.0, directory=tmp_path / "not yet", disk=0.0)
+    modest = Needs(env_workers=1, shared=0.0, directory=tmp_path / "not yet", disk=0.0)
     assert list(examine(modest)) == []
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**29, 2**20))
-    greedy = Needs(env_workers=10_000, torch_processes=1, shared=2**33, directory=tmp_path, disk=2**33)
+    greedy = Needs(env_workers=10_000, shared=2**33, directory=tmp_path, disk=2**33)
     with pytest.raises(UserError) as refusal:
         preflight.preflight(greedy)
     lines = str(refusal.value).splitlines()

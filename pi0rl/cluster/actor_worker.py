@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pi0rl.cluster.team import ProcessTeam
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.model import Prefix, concatenate
+from pi0rl.policy.policy import Policy
 from pi0rl.policy.sampling import SamplerConfig, evaluate_chains
 from pi0rl.rl.advantages import Reference, make_batch
 from pi0rl.rl.config import UpdateConfig, effective
@@ -43,8 +45,9 @@ class ActorWorker:
         device: str,
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
+        self._num_threads = num_threads
+        self._team: ProcessTeam | None = None
         self._start, self._sampler, self._config, self._device = start, sampler, config, device
         self._lora, self._train_expert_only = lora, train_expert_only
         self._gradient_checkpointing = gradient_checkpointing
@@ -59,6 +62,15 @@ class ActorWorker:
         self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)
         keeps = effective(self._config.algorithm).kl_beta > 0.0
         self._reference = {name: p.detach().clone() for name, p in actor.items()} if keeps else {}
+
+    def join(self, address: str, rank: int, size: int) -> None:
+        """Make every update together with ``size - 1`` other actors that join at ``address``."""
+        self._team = ProcessTeam(address, rank, size)
+
+    @property
+    def policy(self) -> Policy:
+        """What is trained; a rollout worker in this process acts with it."""
+        return self._policy
 
     def resume(self, directory: Path | None) -> None:
         """Go on from what ``save`` wrote there; without a folder, from the start of the run.
@@ -99,13 +111,14 @@ class ActorWorker:
             parts: the trajectories of every rollout worker.
             lr_factor: on all learning rates, below 1 after a rollback.
         """
+        torch.set_num_threads(self._num_threads)
         rollout = Rollout(trajectory for part in parts for trajectory in part)
         batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
         self._policy.train()
         evaluate = self._evaluator(rollout, iteration)
         if self._reference:
             batch = replace(batch, reference=self._make_of_it_at_the_start(evaluate, batch.samples))
-        report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor)
+        report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor, self._team)
         return rollout_metrics(rollout, batch) | report.metrics
 
     def _make_of_it_at_the_start(self, evaluate: Evaluate, samples: Tensor) -> Reference:

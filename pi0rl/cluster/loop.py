@@ -6,24 +6,27 @@ Guards watch it (:mod:`pi0rl.rl.guards`): a collapse sends the run back to its b
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import ray
 
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.checkpoints import Checkpoint, Checkpoints
 from pi0rl.cluster.placement import Placement
-from pi0rl.cluster.players import Players, PlayersConfig, Stopwatch, gpu_options
-from pi0rl.cluster.playing import UPDATE_SECONDS, fetch
+from pi0rl.cluster.players import Players, PlayersConfig, Stopwatch, rollout_maker
+from pi0rl.cluster.policies import Learner, MakeActor, start_policies
+from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import NoiseKey
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, WorkerFailed
 from pi0rl.libero.plan import Episode, training_plan
 from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
 from pi0rl.rl.guards import GuardState, learning_rate_scale, observe, rolled_back, validated
 
+# Without a checkpoint in between; the run can be resumed even then.
+MAX_FAILURES = 3
 # Streams of noise: training and evaluation never share a number.
 TRAIN_STREAM, EVALUATION_STREAM, VALIDATION_STREAM = 0, 1, 2
 
@@ -96,20 +99,44 @@ def train(
     Checkpoints live in ``directory/checkpoints``; if there is one that can be trusted, the run goes on from it, and
     ``on_resume`` is told how many iterations are already done. ``notice`` is told of checkpoints that are refused.
 
+    A dead env worker is replaced on the spot. When a process with a policy dies, or none answers any more, everything
+    is started again from the last checkpoint.
+
     Raises:
         UserError: training collapsed once more than ``max_rollbacks`` times.
+        WorkerFailed: workers failed ``MAX_FAILURES`` times without reaching another checkpoint.
     """
+    _refuse_idle_actors(config.update, len(placement.seats("actor")))
     checkpoints = Checkpoints(directory / "checkpoints", start, config.keep_last)
-    checkpoint = checkpoints.latest(notice)
+    make_policies = rollout_maker(players_config, start), _actor_maker(config, players_config, start)
+    failures: Counter[int] = Counter()
+    while True:
+        checkpoint = checkpoints.latest(notice)
+        try:
+            with Reservation(placement, players_config.workers) as room:
+                on_resume(checkpoint.iterations_done)
+                policies = start_policies(room, *make_policies)
+                run = _Run(config, checkpoints, Learner(policies), Players(players_config, room, policies.rollouts))
+                return _go_on(run, config, checkpoints, checkpoint, on_iteration, notice)
+        except WorkerFailed as failure:
+            failures[checkpoint.iterations_done] += 1
+            count = failures[checkpoint.iterations_done]
+            if count == MAX_FAILURES:
+                raise WorkerFailed(f"{failure} ({count} failures without a checkpoint in between)") from failure
+            notice(f"{failure}; starting again after {checkpoint.iterations_done} iterations")
+
+
+def _go_on(
+    run: _Run,
+    config: LoopConfig,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint,
+    on_iteration: Callable[[Iteration], None],
+    notice: Callable[[str], None],
+) -> Path:
+    """All iterations after ``checkpoint``; returns the folder of the final policy."""
     done, guard = checkpoint.iterations_done, checkpoint.guard
     checkpoints.prune(done, guard)
-    on_resume(done)
-    run = _Run(
-        config,
-        checkpoints,
-        _start_actor(config, players_config, placement, start),
-        Players(players_config, placement, start),
-    )
     if done > 0:
         run.go_on_from(checkpoint)
     if done == 0 and config.validation_plan:
@@ -128,16 +155,26 @@ def train(
     return checkpoints.latest(notice).policy
 
 
+def _refuse_idle_actors(update: UpdateConfig, actors: int) -> None:
+    """Raises UserError where a minibatch has fewer micro batches than there are actors to share them."""
+    if update.global_batch_size < actors * update.micro_batch_size:
+        raise UserError(
+            f"actor.micro_batch_size={update.micro_batch_size}: a minibatch of actor.global_batch_size="
+            f"{update.global_batch_size} has too few of them for the {actors} actors of cluster.component_placement; "
+            f"lower it to {max(1, update.global_batch_size // actors)} or place fewer actors"
+        )
+
+
 class _Run:
     """The components of a run and what is done with them."""
 
-    def __init__(self, config: LoopConfig, checkpoints: Checkpoints, actor: Any, players: Players) -> None:
-        self._config, self._checkpoints, self._actor, self._players = config, checkpoints, actor, players
+    def __init__(self, config: LoopConfig, checkpoints: Checkpoints, learner: Learner, players: Players) -> None:
+        self._config, self._checkpoints, self._learner, self._players = config, checkpoints, learner, players
 
     def iterate(self, number: int, guard: GuardState) -> tuple[Iteration, GuardState, bool]:
         """One iteration with its guards and, where due, its validation; the last value is False where it is over."""
         config, guards = self._config, self._config.guards
-        iteration = _iterate(config, self._players, self._actor, number, learning_rate_scale(guard, guards))
+        iteration = _iterate(config, self._players, self._learner, number, learning_rate_scale(guard, guards))
         guard, collapse = observe(guard, number, iteration.metrics, guards)
         if collapse is not None:
             if guard.rollbacks == guards.max_rollbacks:
@@ -178,12 +215,11 @@ class _Run:
 
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Everybody has the weights of ``checkpoint``, the actor its optimiser too."""
-        fetch(self._actor.resume.remote(checkpoint.directory), "the actor")
-        self._players.load(self._actor.weights.remote())
+        self._learner.resume(checkpoint.directory)
 
     def save(self, folder: Path) -> None:
         """Policy and optimiser into the existing ``folder``."""
-        fetch(self._actor.save.remote(folder), "the actor's checkpoint")
+        self._learner.save(folder)
 
 
 def _end(iteration: Iteration, guard: GuardState, best: Checkpoint) -> str:
@@ -194,45 +230,54 @@ def _end(iteration: Iteration, guard: GuardState, best: Checkpoint) -> str:
     )
 
 
-def _start_actor(config: LoopConfig, players: PlayersConfig, placement: Placement, start: Path) -> Any:
-    device = placement.actor[0] if placement.actor else None
-    actor = (
-        ray.remote(ActorWorker)
-        .options(**gpu_options(placement, device))
-        .remote(
-            start,
-            players.sampler,
-            players.lora,
-            config.update,
-            config.train_expert_only,
-            config.gradient_checkpointing,
-            config.num_threads,
-            "cpu" if device is None or placement.accelerator == "cpu" else "cuda",
-        )
+def _actor_maker(config: LoopConfig, players: PlayersConfig, start: Path) -> MakeActor:
+    """What makes the actor worker of a device."""
+    return partial(
+        ActorWorker,
+        start,
+        players.sampler,
+        players.lora,
+        config.update,
+        config.train_expert_only,
+        config.gradient_checkpointing,
+        config.num_threads,
     )
-    fetch(actor.start.remote(), "the actor")
-    return actor
 
 
-def _iterate(config: LoopConfig, players: Players, actor: Any, number: int, lr_scale: float) -> Iteration:
+def _iterate(config: LoopConfig, players: Players, learner: Learner, number: int, lr_scale: float) -> Iteration:
     watch = Stopwatch()
     plan = iteration_plan(config, number)
     players.play(plan, NoiseKey(config.seed, TRAIN_STREAM, number), "train")
-    seconds = players.seconds()
+    env, acting = players.env_seconds(), players.acting_seconds()
     watch.lap("time/generate_rollouts")
-    parts = players.trajectories(plan, config.rewards, config.max_episode_steps)
-    update = actor.update.remote(number, config.max_episode_steps, *parts, lr_factor=lr_scale)
-    metrics = fetch(update, "the actor's update", UPDATE_SECONDS)
+    metrics = learner.update(number, plan, config.rewards, config.max_episode_steps, lr_scale)
     watch.lap("time/actor_training")
-    players.load(actor.weights.remote())
+    learner.hand_over()
     watch.lap("time/sync_weights")
-    step = sum(watch.seconds.values())
-    timing = watch.seconds | {
+    return Iteration(number, metrics, _timing(watch.seconds, env, acting, metrics["env/steps"]))
+
+
+def _timing(laps: dict[str, float], env: list[dict[str, float]], acting: float, steps: float) -> dict[str, float]:
+    """Seconds by part of the iteration and activity, and the share of the iteration in which a component worked.
+
+    Args:
+        laps: the iteration's parts, one after the other.
+        env: seconds of every env worker by activity.
+        acting: mean seconds that a rollout worker was acting.
+        steps: control steps simulated.
+    """
+    step, busy = sum(laps.values()), [sum(worker.values()) for worker in env]
+    mean = sum(busy) / len(busy)
+    return laps | {
         "time/step": step,
-        **{f"time/env/{name}": value for name, value in seconds.items()},
-        "perf/env_steps_per_second": metrics["env/steps"] / step,
+        **{f"time/env/{name}": sum(worker[name] for worker in env) / len(env) for name in env[0]},
+        "time/rollout/act": acting,
+        "perf/env_steps_per_second": steps / step,
+        "perf/env_utilization": mean / step,
+        "perf/env_slowest": max(busy) / mean,
+        "perf/rollout_utilization": acting / step,
+        "perf/actor_utilization": laps["time/actor_training"] / step,
     }
-    return Iteration(number, metrics, timing)
 
 
 def iteration_plan(config: LoopConfig, number: int) -> tuple[Episode, ...]:

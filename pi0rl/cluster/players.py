@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
 from pi0rl.cluster.env_worker import EnvWorker
 from pi0rl.cluster.placement import Placement
-from pi0rl.cluster.playing import Cell, fetch, play
-from pi0rl.cluster.rollout_worker import NoiseKey, RolloutWorker
+from pi0rl.cluster.playing import Cell, play
+from pi0rl.cluster.policies import MakeRollout, start_policies
+from pi0rl.cluster.reservation import Reservation
+from pi0rl.cluster.rollout_worker import NoiseKey, PlayMode, RolloutWorker
+from pi0rl.cluster.waiting import fetch_all
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult, SlotConfig
 from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
-from pi0rl.rl.config import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -55,66 +59,79 @@ class PlayersConfig:
 
 
 class Players:
-    """The env and rollout components, ready to play plans with the policy of ``checkpoint``."""
+    """The env component and those that act for it, ready to play plans.
 
-    def __init__(self, config: PlayersConfig, placement: Placement, checkpoint: Path) -> None:
-        self._config = config
-        slots = config.slots_per_cell
-        env_class, rollout_class = ray.remote(EnvWorker), ray.remote(RolloutWorker)
-        devices: Sequence[int | None] = placement.rollout or (None,)
-        self._rollouts = [
-            rollout_class.options(**gpu_options(placement, device)).remote(
-                checkpoint,
-                config.sampler,
-                config.lora,
-                1,
-                "cpu" if device is None or placement.accelerator == "cpu" else "cuda",
-            )
-            for device in devices
-        ]
-        self._envs = [
-            env_class.options(num_cpus=1).remote(config.slot, slots, config.stages) for _ in range(config.workers)
-        ]
-        for started in [rollout.start.remote() for rollout in self._rollouts]:
-            fetch(started, "a rollout worker")
+    Args:
+        config: how many play, and how.
+        room: where the env workers run.
+        rollouts: Ray's handles of the processes that act, see :mod:`pi0rl.cluster.policies`.
+    """
+
+    def __init__(self, config: PlayersConfig, room: Reservation, rollouts: Sequence[Any]) -> None:
+        self._rollouts = tuple(rollouts)
+        self._envs = _Envs(config, room)
         self._cells = [
-            Cell(env, self._rollouts[index % len(self._rollouts)], stage)
+            Cell(number, self._rollouts[number % len(self._rollouts)], stage)
             for stage in range(config.stages)
-            for index, env in enumerate(self._envs)
+            for number in range(config.workers)
         ]
 
     def load(self, weights: Any) -> None:
         """Give all rollout workers new weights (a reference to a dict of tensors, or the dict)."""
-        for done in [rollout.load.remote(weights) for rollout in self._rollouts]:
-            fetch(done, "a rollout worker")
+        fetch_all([rollout.load.remote(weights) for rollout in self._rollouts], "the rollout workers to take weights")
 
     def play(
         self,
         plan: Sequence[Episode],
         noise: NoiseKey,
-        mode: Literal["train", "eval"],
+        mode: PlayMode,
         record: frozenset[int] = frozenset(),
         on_results: Callable[[Sequence[EpisodeResult]], None] = lambda results: None,
     ) -> list[EpisodeResult]:
         """Play every row of ``plan`` once; results in plan order, and through ``on_results`` as episodes finish."""
-        for done in [rollout.begin.remote(noise, mode) for rollout in self._rollouts]:
-            fetch(done, "a rollout worker")
-        return play(self._cells, plan, record, on_results)
+        fetch_all([rollout.begin.remote(noise, mode) for rollout in self._rollouts], "the rollout workers to begin")
+        return play(self._cells, self._envs, plan, record, on_results)
 
-    def trajectories(self, plan: Sequence[Episode], rewards: RewardConfig, max_episode_steps: int) -> list[Any]:
-        """References to the trajectories of the plan just played, one list per rollout worker."""
-        return [r.trajectories.remote(tuple(plan), rewards, max_episode_steps) for r in self._rollouts]
+    def env_seconds(self) -> list[dict[str, float]]:
+        """Seconds of every env worker in the plan just played, by activity."""
+        return fetch_all([env.seconds.remote() for env in self._envs.workers], "the env workers' times")
 
-    def seconds(self) -> dict[str, float]:
-        """Mean seconds of an env worker in the plan just played, by activity."""
-        parts = [fetch(env.seconds.remote(), "an env worker") for env in self._envs]
-        return {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+    def acting_seconds(self) -> float:
+        """Mean seconds that a rollout worker was acting in the plan just played."""
+        parts = fetch_all([rollout.acting_seconds.remote() for rollout in self._rollouts], "the rollout workers' times")
+        return sum(parts) / len(parts)
 
 
-def gpu_options(placement: Placement, device: int | None) -> dict[str, float]:
-    """Ray options for a torch component on ``device``: its share of that GPU; no core is reserved, the update and the
-    rollouts take turns."""
-    return {"num_cpus": 0, "num_gpus": 0 if device is None else 1 / placement.sharers(device)}
+class _Envs:
+    """The env workers by number; see :class:`pi0rl.cluster.playing.EnvPool`."""
+
+    def __init__(self, config: PlayersConfig, room: Reservation) -> None:
+        self._config, self._room = config, room
+        self.workers = [self._start(number) for number in range(config.workers)]
+
+    def worker(self, number: int) -> Any:
+        return self.workers[number]
+
+    def replace(self, number: int) -> None:
+        ray.kill(self.workers[number])
+        self.workers[number] = self._start(number)
+
+    def _start(self, number: int) -> Any:
+        config = self._config
+        env_class = ray.remote(EnvWorker).options(**self._room.env_options(number))
+        return env_class.remote(config.slot, config.slots_per_cell, config.stages)
+
+
+@contextmanager
+def open_players(config: PlayersConfig, placement: Placement, checkpoint: Path) -> Iterator[Players]:
+    """Players of the policy in ``checkpoint``, without an actor; their processes end with the block."""
+    with Reservation(placement, config.workers, ("env", "rollout")) as room:
+        yield Players(config, room, start_policies(room, rollout_maker(config, checkpoint)).rollouts)
+
+
+def rollout_maker(config: PlayersConfig, checkpoint: Path) -> MakeRollout:
+    """What makes the rollout worker of a device, with the policy of ``checkpoint``."""
+    return partial(RolloutWorker, checkpoint, config.sampler, config.lora, 1)
 
 
 class Stopwatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pi0rl.errors import UserError
+from pi0rl.params import ClusterParams, Params
 
 GIB = 2**30
 # Ray's own processes and logs; the policy and optimiser of a checkpoint come on top.
@@ -26,17 +28,39 @@ class Needs:
 
     Attributes:
         env_workers: simulator processes here; 0 where they run on other nodes.
-        torch_processes: processes with a policy here.
         shared: bytes that are in Ray's object store at once.
         directory: where the run is written.
         disk: bytes that it will write there.
     """
 
     env_workers: int
-    torch_processes: int
     shared: float
     directory: Path
     disk: float
+
+
+def training_needs(params: Params, start: Path, directory: Path) -> Needs:
+    """Of a training below ``directory`` that begins from the policy in ``start``."""
+    env, model = params.env.train, params.actor.model
+    look = 2 * 3 * params.env.camera_size**2
+    episodes = env.total_num_envs * params.algorithm.rollout_epoch
+    played = episodes * math.ceil(env.max_episode_steps / model.num_action_chunks) * look
+    places = params.cluster.component_placement
+    apart = len({str(place) for names, place in places.items() if "rollout" in names or "actor" in names}) > 1
+    policy = sum(path.stat().st_size for path in start.rglob("*"))
+    return Needs(
+        env_workers=0 if params.cluster.address else env.workers,
+        shared=2 * env.total_num_envs * look + (played if apart else 0),
+        directory=directory,
+        # weights and two moments each; one more is written before an old one goes
+        disk=3 * policy * (params.runner.keep_last + 2),
+    )
+
+
+def playing_needs(cluster: ClusterParams, env_workers: int, slots: int, camera_size: int, directory: Path) -> Needs:
+    """Of an evaluation."""
+    shared = 2 * slots * 2 * 3 * camera_size**2
+    return Needs(0 if cluster.address else env_workers, shared, directory, disk=0.0)
 
 
 @dataclass(frozen=True)

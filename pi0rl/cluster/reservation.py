@@ -68,7 +68,10 @@ class Reservation:
         """Ray's options for the torch process on ``seat``; rollout and actor share one, and take turns on the cores."""
         return {"num_cpus": 0, "num_gpus": 0 if seat.gpu is None else 1} | self._strategy(seat)
 
-    def release(self) -> None:
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Give everything back; processes in it end."""
         remove_placement_group(self._group)
 

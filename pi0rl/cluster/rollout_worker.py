@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +17,7 @@ from pi0rl.libero.slots import IDLE, Look, Played
 from pi0rl.observation import Observation
 from pi0rl.policy.checkpoints import load_policy
 from pi0rl.policy.lora import LoraConfig, with_lora
+from pi0rl.policy.policy import Policy
 from pi0rl.policy.sampling import (
     EpisodeNoise,
     Sample,
@@ -26,6 +29,8 @@ from pi0rl.policy.sampling import (
 )
 from pi0rl.rl.config import RewardConfig
 from pi0rl.rl.trajectories import Trajectory, shape_rewards, step_dones
+
+PlayMode = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,30 @@ class _Recording:
 
 
 class RolloutWorker:
-    """One copy of the policy, acting for the env workers that are wired to it."""
+    """A policy that acts for the env workers that are wired to it.
+
+    Attributes:
+        seconds: spent on acting since ``begin``.
+    """
 
     def __init__(
         self, checkpoint: Path, sampler: SamplerConfig, lora: LoraConfig | None, num_threads: int, device: str
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
-        self._checkpoint, self._annealed, self._device = checkpoint, sampler, device
+        self._num_threads, self._checkpoint, self._annealed, self._device = num_threads, checkpoint, sampler, device
         self._sampler, self._lora = sampler.at(0), lora
         self._noise = NoiseKey(0, 0, 0)
-        self._mode: Literal["train", "eval"] = "eval"
+        self._mode: PlayMode = "eval"
         self._recordings: dict[int, _Recording] = {}
+        self.seconds = 0.0
 
-    def start(self) -> None:
-        """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
-        self._policy = with_lora(load_policy(self._checkpoint), self._lora).to(self._device).eval()
+    def start(self, policy: Policy | None = None) -> None:
+        """Load the policy, or act with the one given. Not done when the Ray actor is created: it would hide why it
+        failed."""
+        if policy is None:
+            policy = with_lora(load_policy(self._checkpoint), self._lora).to(self._device)
+        self._policy = policy
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Take over weights from the actor; the names may be a part of the policy's."""
@@ -82,14 +94,27 @@ class RolloutWorker:
             for name, value in weights.items():
                 own[name].copy_(value)
 
-    def begin(self, noise: NoiseKey, mode: Literal["train", "eval"]) -> None:
+    def begin(self, noise: NoiseKey, mode: PlayMode) -> None:
         """Before the first look of a plan; in mode ``train`` the episodes are recorded."""
+        torch.set_num_threads(self._num_threads)
         self._noise, self._mode = noise, mode
         self._sampler = self._annealed.at(noise.iteration)
         self._recordings = {}
+        self.seconds = 0.0
+
+    def forget(self, episodes: Sequence[int]) -> None:
+        """Drop what was recorded of ``episodes``: they are played again."""
+        for episode in episodes:
+            self._recordings.pop(episode, None)
 
     def act(self, look: Look) -> np.ndarray:
         """Actions float64 [M, C, 7] for M slots (a fixed number, so that batching never changes a bit)."""
+        started = time.perf_counter()
+        actions = self._act(look)
+        self.seconds += time.perf_counter() - started
+        return actions
+
+    def _act(self, look: Look) -> np.ndarray:
         if self._mode == "train" and look.played is not None:
             self._take_in(look.played)
         if not look.running:

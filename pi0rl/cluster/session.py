@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pi0rl.cluster.preflight import refuse_silent_address
+from pi0rl.cluster.vitals import Vitals
 from pi0rl.errors import UserError
 from pi0rl.params import ClusterParams
 
@@ -51,7 +52,7 @@ def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = No
     A local one has this machine's GPUs, or ``logical_gpus`` that are only counted.
 
     Raises:
-        UserError: ``cluster.address`` does not answer, or it has fewer nodes than ``cluster.num_nodes``.
+        UserError: ``cluster.address`` does not answer, it has fewer nodes than ``cluster.num_nodes``, or Ray died.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
@@ -73,7 +74,8 @@ def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = No
                 f"cluster.num_nodes is {cluster.num_nodes} but Ray has {nodes}; run `ray start --address ...` on the "
                 "others and set cluster.address"
             )
-        yield
+        with Vitals():
+            yield
     finally:
         ray.shutdown()
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pi0rl.errors import UserError
 from pi0rl.rl import losses
@@ -40,6 +41,33 @@ class Evaluation:
 
 Evaluate = Callable[[Tensor], Evaluation]
 """Samples int64 [n] -> what the policy makes of them."""
+
+
+class Team(Protocol):
+    """Several processes that make one update: each computes every ``size``-th micro batch, from its ``rank`` on."""
+
+    rank: int
+    size: int
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Put the sum over the team into every gradient; None where nobody has one."""
+        ...
+
+    def gather(self, shares: Sequence[Any]) -> list[Any]:
+        """What all have computed, in the order of the micro batches."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    rank, size = 0, 1
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Nobody else has any."""
+
+    def gather(self, shares: Sequence[Any]) -> list[Any]:
+        return list(shares)
 
 
 @dataclass(frozen=True)
@@ -74,6 +102,14 @@ class _Tally:
     moments: list[Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
+    def add(self, parts: Sequence[_Part]) -> None:
+        self.metrics += [(share, metrics) for share, metrics, _ in parts]
+        self.moments += [moments for _, _, moments in parts if moments is not None]
+
+
+_Part = tuple[float, losses.Metrics, Tensor | None]
+"""Of a micro batch: its share of the minibatch, its metrics, and the critic's moments if there is a critic."""
+
 
 def update(
     evaluate: Evaluate,
@@ -82,6 +118,7 @@ def update(
     config: UpdateConfig,
     iteration: int,
     lr_factor: float = 1.0,
+    team: Team | None = None,
 ) -> UpdateReport:
     """Train on ``batch`` for ``update_epoch`` epochs.
 
@@ -90,18 +127,20 @@ def update(
     Args:
         iteration: RL iteration, 0, 1, ...; decides shuffles and schedules.
         lr_factor: on both learning rates, besides the schedules (see :mod:`pi0rl.rl.guards`).
+        team: who shares the work; all must call with the same arguments, and all take the same steps.
 
     Raises:
         UserError: a ratio of the first minibatch is not 1 within ``ratio_tolerance``, or (``compat="rlinf"``) the
             samples do not divide into minibatches.
     """
     settings = effective(config.algorithm)
-    tally = _Tally()
+    tally, team = _Tally(), team or Alone()
     first_ratio_error, max_kl, stopped = float("nan"), 0.0, False
     for minibatch in minibatches(len(batch), config, iteration):
         critic_only = _critic_only(optimizer, config)
         done = len(tally.metrics)
-        _accumulate_gradients(evaluate, batch, minibatch, settings, config.micro_batch_size, critic_only, tally)
+        parts = minibatch.split(config.micro_batch_size)[team.rank :: team.size]
+        tally.add(team.gather(_accumulate_gradients(evaluate, batch, parts, len(minibatch), settings, critic_only)))
         fresh = tally.metrics[done:]
         if done == 0:
             first_ratio_error = max(float(metrics["max_log_ratio"]) for _, metrics in fresh)
@@ -112,6 +151,7 @@ def update(
             optimizer.zero_grad()
             stopped = True
             break
+        team.sum_gradients([*optimizer.actor.values(), *optimizer.critic.values()])
         tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only, lr_factor))
     optimizer.updates += 1
     return UpdateReport(_summary(tally, first_ratio_error, max_kl, stopped), tuple(tally.steps), stopped)
@@ -149,22 +189,24 @@ def _critic_only(optimizer: PolicyOptimizer, config: UpdateConfig) -> bool:
 def _accumulate_gradients(
     evaluate: Evaluate,
     batch: Batch,
-    minibatch: Tensor,
+    parts: Sequence[Tensor],
+    minibatch_size: int,
     settings: AlgorithmConfig,
-    micro_batch_size: int,
     critic_only: bool,
-    tally: _Tally,
-) -> None:
-    """Backward pass over one minibatch in parts, each weighted by its share of the rows."""
-    for rows in minibatch.split(micro_batch_size):
+) -> list[_Part]:
+    """Backward pass over micro batches of a minibatch, each weighted by its share of the minibatch's rows."""
+    done: list[_Part] = []
+    for rows in parts:
         part = batch.rows(rows.to(batch.samples.device))
-        share = len(rows) / len(minibatch)
+        share = len(rows) / minibatch_size
         result = evaluate(part.samples)
         loss, metrics = _loss(part, result, settings, critic_only)
         (share * loss).backward()
-        tally.metrics.append((share, metrics))
+        moments = None
         if result.values is not None and part.returns is not None:
-            tally.moments.append(losses.explained_variance_moments(result.values[:, None], part.returns, part.mask))
+            moments = losses.explained_variance_moments(result.values[:, None], part.returns, part.mask)
+        done.append((share, metrics, moments))
+    return done
 
 
 def _loss(part: Batch, new: Evaluation, settings: AlgorithmConfig, critic_only: bool) -> tuple[Tensor, losses.Metrics]:

@@ -85,7 +85,8 @@ def cut(params: Params, cores: int) -> Params:
     group = params.algorithm.group_size
     rounds = math.lcm(slots, group) // slots
     samples = slots * rounds * CHUNKS
-    batch = max(1, samples // 2)
+    actors = max(1, named_gpus(params))  # at most
+    batch = max(actors, samples // 2)
     changes: dict[str, Any] = {
         "env.train.workers": workers,
         "env.train.total_num_envs": slots,
@@ -93,7 +94,7 @@ def cut(params: Params, cores: int) -> Params:
         "algorithm.rollout_epoch": rounds,
         "algorithm.filter_rewards": False,
         "actor.global_batch_size": batch,
-        "actor.micro_batch_size": max(1, batch // 2),
+        "actor.micro_batch_size": max(1, batch // max(2, actors)),
         "runner.max_epochs": 1,
         "runner.save_interval": 1,
         "runner.val_check_interval": 1 if params.runner.val_check_interval > 0 else -1,

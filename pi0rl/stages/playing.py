@@ -11,7 +11,8 @@ from ray.exceptions import RayTaskError
 
 from pi0rl.cluster.loop import EVALUATION_STREAM
 from pi0rl.cluster.placement import resolve_placement
-from pi0rl.cluster.players import Players, PlayersConfig
+from pi0rl.cluster.players import Players, PlayersConfig, open_players
+from pi0rl.cluster.preflight import playing_needs, preflight
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.cluster.setup import players_config
@@ -32,8 +33,11 @@ def evaluation_players(params: Params, checkpoint: Path) -> Iterator[Players]:
 @contextmanager
 def players(cluster: ClusterParams, config: PlayersConfig, checkpoint: Path) -> Iterator[Players]:
     """Players in a Ray session of their own."""
+    preflight(playing_needs(cluster, config.workers, config.slots, config.slot.camera_size, Path.cwd()))
     with ray_session(cluster, config.workers):
-        yield Players(config, resolve_placement(cluster, gpus_per_node()), checkpoint)
+        placement = resolve_placement(cluster, gpus_per_node())
+        with open_players(config, placement, checkpoint) as opened:
+            yield opened
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from pi0rl.cluster.loop import Iteration
 from pi0rl.cluster.loop import train as run_loop
 from pi0rl.cluster.placement import resolve_placement
+from pi0rl.cluster.preflight import preflight, training_needs
 from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.cluster.setup import (
     critic_config,
@@ -56,6 +57,7 @@ def _run_loop(experiment: Experiment, start: Path) -> Path:
     """The training loop with its metrics; returns the folder of the final policy."""
     params, folder = experiment.params, experiment.stage_dir("train")
     config = loop_config(params)
+    preflight(training_needs(params, start, folder))
     with ray_session(params.cluster, params.env.train.workers), MetricsWriter(experiment) as writer:
         placement = resolve_placement(params.cluster, gpus_per_node())
 

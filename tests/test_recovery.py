@@ -1,0 +1,146 @@
+"""Workers that die: their work is done again by others, to the same bytes, and a run that cannot go on says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny_policies import PREFIX_CRITIC, make_policy
+
+import pi0rl.cluster.players
+from pi0rl.cluster.env_worker import EnvWorker
+from pi0rl.cluster.loop import Iteration, train
+from pi0rl.cluster.placement import Placement
+from pi0rl.cluster.players import PlayersConfig, open_players
+from pi0rl.cluster.rollout_worker import NoiseKey
+from pi0rl.cluster.session import ray_session
+from pi0rl.cluster.setup import loop_config, players_config
+from pi0rl.errors import WorkerFailed
+from pi0rl.libero.plan import evaluation_plan
+from pi0rl.libero.slots import EpisodeResult, Look
+from pi0rl.params import ClusterParams, load_params
+from pi0rl.policy.checkpoints import save_policy
+
+QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
+CPU = Placement((), (), ())
+SMALL = (
+    "env.train.total_num_envs=4",
+    "env.train.max_episode_steps=16",
+    "env.settle_steps=0",
+    "algorithm.rollout_epoch=1",
+    "actor.global_batch_size=4",
+    "actor.micro_batch_size=4",
+    "actor.optim.critic_warmup_iterations=0",
+    "runner.max_epochs=2",
+    "runner.save_interval=1",
+)
+PLAN = evaluation_plan(["libero_object"], "official", 1, seed=0)[:6]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("recovery") / "policy"
+    save_policy(make_policy(PREFIX_CRITIC), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with ray_session(ClusterParams(), cpus=2):
+        yield
+
+
+@pytest.fixture
+def config() -> PlayersConfig:
+    params = load_params(QUICKSTART, SMALL)
+    return replace(players_config(params, params.env.train), workers=2, slots=4, stages=1)
+
+
+def kill_one(kind: str) -> None:
+    """SIGKILL to one of Ray's processes that hold a ``kind`` of worker."""
+    found = [p for p in psutil.Process().children(recursive=True) if p.name().startswith(f"ray::{kind}")]
+    os.kill(found[0].pid, signal.SIGKILL)
+
+
+def outcomes(results: Sequence[EpisodeResult]) -> list[tuple[Any, ...]]:
+    return [(result.index, result.success, result.steps, result.final_state) for result in results]
+
+
+def test_a_dead_env_worker_is_replaced_and_its_episodes_end_the_same(
+    ray_cluster: None, config: PlayersConfig, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open_players(config, CPU, checkpoint) as players:
+        whole = players.play(PLAN, NoiseKey(0, 0, 0), "train")
+        shown: list[EpisodeResult] = []
+
+        def on_results(fresh: Sequence[EpisodeResult]) -> None:
+            if not shown:
+                kill_one("EnvWorker")
+            shown.extend(fresh)
+
+        again = players.play(PLAN, NoiseKey(0, 0, 0), "train", on_results=on_results)
+        players.play(PLAN[:1], NoiseKey(0, 0, 0), "train")  # the pool is whole again
+    assert outcomes(again) == outcomes(whole)
+    assert sorted(result.index for result in shown) == [row.index for row in PLAN]
+    assert "is replaced" in capfd.readouterr().err
+
+
+def test_an_episode_that_kills_its_workers_ends_the_play_with_the_reason(
+    ray_cluster: None, config: PlayersConfig, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fatal = PLAN[2].index
+
+    class FragileWorker(EnvWorker):
+        def step(self, stage: int, actions: Any) -> Any:
+            look, status = super().step(stage, actions)
+            if isinstance(look, Look) and fatal in look.episode:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return look, status
+
+    monkeypatch.setattr(pi0rl.cluster.players, "EnvWorker", FragileWorker)
+    shown: list[EpisodeResult] = []
+    message = (
+        rf"env worker 0 died 3 times without finishing an episode.* it was to play episode .*{fatal} \(libero_object"
+    )
+    with open_players(config, CPU, checkpoint) as players, pytest.raises(WorkerFailed, match=message):
+        players.play(PLAN, NoiseKey(0, 0, 0), "eval", on_results=shown.extend)
+    assert fatal not in {result.index for result in shown}
+
+
+def test_a_dead_policy_costs_the_iterations_since_the_last_checkpoint(
+    ray_cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    params = load_params(QUICKSTART, SMALL)
+    loop, players = loop_config(params), players_config(params, params.env.train)
+
+    def run(folder: Path, kills: int) -> tuple[bytes, list[Iteration], list[str]]:
+        reports: list[Iteration] = []
+        told: list[str] = []
+
+        def on_resume(done: int) -> None:
+            del reports[done:]
+
+        def on_iteration(iteration: Iteration) -> None:
+            reports.append(iteration)
+            if iteration.number == 0 and len(told) < kills:
+                kill_one("PolicyWorker")
+
+        policy = train(loop, players, CPU, checkpoint, folder, on_iteration, on_resume, told.append)
+        return (policy / "model.safetensors").read_bytes(), reports, told
+
+    straight, reports, _ = run(tmp_path / "straight", kills=0)
+    recovered, again, told = run(tmp_path / "killed", kills=1)
+    assert recovered == straight
+    assert [(report.number, report.metrics) for report in again] == [
+        (report.number, report.metrics) for report in reports
+    ]
+    assert len(told) == 1
+    assert "a worker died" in told[0]
+    with pytest.raises(WorkerFailed, match="3 failures without a checkpoint in between"):
+        run(tmp_path / "hopeless", kills=99)
