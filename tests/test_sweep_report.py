@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from browser import open_page
 
 from pi0rl.evaluation.statistics import bootstrap_mean
 from pi0rl.report.published import published_table
@@ -109,6 +111,7 @@ def test_the_page_of_a_sweep_holds_every_point(tmp_path: Path) -> None:
     page = (target / "index.html").read_text()
     assert "80.0 %" in page
     assert page.count("<svg") == 2
+    assert "#ffffff" not in page.partition("<svg")[2]  # no white paper in a dark page
     assert page.count("▼ −10.0 worse") == 1
     text = (target / "report.md").read_text()
     assert "| point0 | 0.0001 | 0 | Object | 50.0 % | 80.0 % [30.0 %, 60.0 %] | +30.0 | 9 | 4 | 0.020 | 0.040 |" in text
@@ -130,3 +133,10 @@ def test_results_of_different_protocols_never_share_a_table(tmp_path: Path) -> N
     assert [f"| point{number} |" in first for number in range(4)] == [True, True, False, False]
     assert [f"| point{number} |" in second for number in range(4)] == [False, False, True, True]
     assert "PPO, 2 seeds" in first
+
+
+def test_chromium_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
+    page = open_page(write(tmp_path, SUITES_SWEEP) / "index.html", tmp_path / "profile")
+    assert re.search(r'<button id="theme"[^>]*aria-label="Switch to', page)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    assert all("aria-label=" in tag for tag in re.findall(r"<svg [^>]*>", page))

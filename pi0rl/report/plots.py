@@ -152,6 +152,7 @@ def inline(chart: Chart) -> str:
     text = chart.svg[chart.svg.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font(-family)?: ([\d.]+px )?'DejaVu Sans'[^;\"]*", lambda m: f"font-size: {m[2] or ''}", text)
+    text = text.replace("fill: #ffffff", "fill: none")  # the paper that a chart in a file of its own is drawn on
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     # Matplotlib names every group; names that nothing refers to would appear several times in one page.

@@ -7,10 +7,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pi0rl.report.plots import GRID, MUTED, ON_WHITE, TRAINED, Chart, to_svg
+from pi0rl.report.plots import GRID, INK, MUTED, ON_WHITE, TRAINED, Chart, to_svg
 
 
 def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
@@ -45,18 +46,36 @@ def parallel_coordinates(table: pd.DataFrame, axes: list[str]) -> Chart | None:
         figure = Figure(figsize=(7.6, 3.0), layout="constrained")
         panel = figure.subplots()
         heights = [_heights(table[axis].tolist()) for axis in axes]
-        lines = np.column_stack([*heights, table["after"].to_numpy(float)])
-        for line in lines:
-            panel.plot(range(len(line)), line, color=TRAINED, alpha=0.15 + 0.8 * float(line[-1]), linewidth=1.6)
+        success = table["after"].to_numpy(float)
+        strength = _heights(success.tolist())
         panel.vlines(range(len(axes) + 1), 0, 1, color=GRID)
+        for line, strong in zip(np.column_stack([*heights, success]), strength, strict=True):
+            panel.plot(range(len(line)), line, color=TRAINED, alpha=0.2 + 0.8 * float(strong), linewidth=1.6)
         for column, axis in enumerate(axes):
-            for value, height in zip(table[axis], heights[column], strict=True):
-                panel.annotate(
-                    str(value), (column, height), fontsize=8, color=MUTED, xytext=(4, 2), textcoords="offset points"
-                )
+            for value, height in dict(zip(table[axis].astype(str), heights[column], strict=True)).items():
+                _label(panel, value, column, float(height))
+        for rate in (0.0, 1.0):
+            _label(panel, f"{rate:.0%}", len(axes), rate)
         panel.set_xticks(range(len(axes) + 1), [*axes, "success"])
-        panel.set(ylim=(-0.05, 1.05), yticks=[])
+        panel.set(ylim=(-0.15, 1.15), yticks=[])
+        panel.spines[["left", "bottom"]].set_visible(False)
+        panel.tick_params(length=0)
         return Chart(to_svg(figure, "parallel"), "Every point as a line through its values to its success.")
+
+
+def _label(panel: Axes, text: str, column: int, height: float) -> None:
+    """A value beside its place on an axis, above it or below it, where fewer lines pass."""
+    above = height > 0.5
+    panel.annotate(
+        text,
+        (column, height),
+        fontsize=8,
+        color=INK,
+        ha="center",
+        va="bottom" if above else "top",
+        xytext=(0, 4 if above else -4),
+        textcoords="offset points",
+    )
 
 
 def _varied(table: pd.DataFrame, axes: list[str]) -> list[str]:
@@ -71,4 +90,5 @@ def _heights(values: list[Any]) -> np.ndarray:
     else:
         names = list(dict.fromkeys(map(str, values)))
         numbers = np.asarray([names.index(str(value)) for value in values], float)
-    return (numbers - numbers.min()) / (numbers.max() - numbers.min())
+    span = numbers.max() - numbers.min()
+    return (numbers - numbers.min()) / span if span else np.ones_like(numbers)
