@@ -2,6 +2,7 @@
 
     python -m benchmarks.libero            # one task of each of the 21 suites and 500 episodes, about 15 minutes
     python -m benchmarks.libero --quick    # one task of each of LIBERO's four suites, 40 episodes
+    python -m benchmarks.libero --evaluation-only  # the 500 episodes again, which want both cores; the rates stay
 
 Writes benchmarks/results/libero.json and libero.md. The reference renders both cameras at 256 pixels on every control
 step, as `OffScreenRenderEnv` always does; "without images" is the same environment with its cameras taken out. Rates
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy as np
 from benchmarks.episodes import CHUNK, EvaluationTime, time_evaluation
 from benchmarks.exactness import contact_rich_actions, load_comparisons, telling_tasks
 from benchmarks.sides import ONE_THREAD, Ours, Reference, Side
+from pi0rl.errors import UserError
 from pi0rl.files import replace_text
 from pi0rl.libero.suites import SUITES, Task, task
 from pi0rl.progress import Progress
@@ -200,20 +203,16 @@ def main() -> None:
         "--processes", type=int, default=len(os.sched_getaffinity(0)), help="of (e); default: the cores"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files")
+    parser.add_argument("--evaluation-only", action="store_true", help="keep the rates that libero.json holds")
     arguments = parser.parse_args()
     os.environ.update(ONE_THREAD)
-    suites = arguments.suites or (QUICK_SUITES if arguments.quick else SUITES)
+    if arguments.evaluation_only:
+        machine, speeds = load_speeds(arguments.output / "libero.json")
+    else:
+        machine, speeds = measure_all(arguments.suites or (QUICK_SUITES if arguments.quick else SUITES))
     episodes_per_task = arguments.episodes_per_task
     if episodes_per_task is None:
         episodes_per_task = 4 if arguments.quick else 50
-    speeds, back_end = [], ""
-    progress = Progress("speed", len(suites), "suite")
-    for suite in suites:
-        speed, back_end = measure(task(suite, telling_tasks(suite)[0]))
-        speeds.append(speed)
-        ratios = ", ".join(f"{name} {ratio:,.1f}x" for name, ratio in speed.ratios.items())
-        progress.update(len(speeds), f"{suite}: {ratios}", always=True)
-    machine = describe_machine(back_end)
     evaluation = None
     if episodes_per_task:
         evaluation = time_evaluation("libero_spatial", episodes_per_task, FAST_SIZES[0], arguments.processes)
@@ -230,6 +229,30 @@ def main() -> None:
     table = as_markdown(machine, speeds, evaluation)
     replace_text(arguments.output / "libero.md", table)
     print(table)
+
+
+def measure_all(suites: Sequence[str]) -> tuple[dict[str, str | float], list[TaskSpeed]]:
+    """The machine, and one task of each suite on both sides."""
+    speeds, back_end = [], ""
+    progress = Progress("speed", len(suites), "suite")
+    for suite in suites:
+        speed, back_end = measure(task(suite, telling_tasks(suite)[0]))
+        speeds.append(speed)
+        ratios = ", ".join(f"{name} {ratio:,.1f}x" for name, ratio in speed.ratios.items())
+        progress.update(len(speeds), f"{suite}: {ratios}", always=True)
+    return describe_machine(back_end), speeds
+
+
+def load_speeds(path: Path) -> tuple[dict[str, str | float], list[TaskSpeed]]:
+    """The machine and the rates that an earlier run left in ``path``.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no rates to keep; run `python -m benchmarks.libero` without --evaluation-only first")
+    record = json.loads(path.read_text())
+    return record["machine"], [TaskSpeed(**speed) for speed in record["tasks"]]
 
 
 if __name__ == "__main__":
