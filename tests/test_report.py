@@ -331,6 +331,8 @@ def test_commit_is_that_of_the_repository_itself_and_reports_do_not_make_it_dirt
 
 
 def test_chromium_opens_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:
-    page = open_page(report / "index.html", tmp_path / "profile")
+    page = (report / "index.html").as_uri()
+    done = open_page(page, tmp_path / "profile", "--window-size=390,844", "--virtual-time-budget=2000")
+    assert "CONSOLE" not in done.stderr, done.stderr
     # The script ran: it wrote the label of the theme button.
-    assert re.search(r'<button id="theme"[^>]*aria-label="Switch to', page)
+    assert re.search(r'<button id="theme"[^>]*aria-label="Switch to', done.stdout)

@@ -136,7 +136,10 @@ def test_results_of_different_protocols_never_share_a_table(tmp_path: Path) -> N
 
 
 def test_chromium_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
-    page = open_page(write(tmp_path, SUITES_SWEEP) / "index.html", tmp_path / "profile")
+    report = write(tmp_path, SUITES_SWEEP) / "index.html"
+    done = open_page(report.as_uri(), tmp_path / "profile", "--window-size=390,844", "--virtual-time-budget=2000")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    page = done.stdout
     assert re.search(r'<button id="theme"[^>]*aria-label="Switch to', page)
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
     assert all("aria-label=" in tag for tag in re.findall(r"<svg [^>]*>", page))
