@@ -50,7 +50,7 @@ def sweeps() -> str:
 def _section(schema: Any, name: str) -> Iterator[str]:
     if name:
         yield from (f"## {name}", "")
-    yield from (_prose(inspect.getdoc(schema) or ""), "")
+    yield from (*_docstring(inspect.getdoc(schema) or ""), "")
     rows, nested = [], []
     for key, kind, default in _keys(schema):
         inner = next((part for part in (kind, *get_args(kind)) if _is_section(part)), None)
@@ -129,7 +129,7 @@ def protocols() -> str:
         if field.name not in ("name", "rules"):
             cells = " | ".join(str(getattr(protocol, field.name)) for protocol in PROTOCOLS)
             text.append(f"| `{field.name}` | {cells} |")
-    return "\n".join([*text, "", _prose(inspect.getdoc(Protocol) or ""), ""])
+    return "\n".join([*text, "", *_docstring(inspect.getdoc(Protocol) or ""), ""])
 
 
 def episodes() -> str:
