@@ -13,6 +13,7 @@ import psutil
 import pytest
 from tiny_policies import PREFIX_CRITIC, make_policy
 
+import pi0rl.cluster.loop
 import pi0rl.cluster.players
 from pi0rl.cluster.env_worker import EnvWorker
 from pi0rl.cluster.loop import Iteration, train
@@ -70,6 +71,14 @@ def kill_one(kind: str) -> None:
 
 def outcomes(results: Sequence[EpisodeResult]) -> list[tuple[Any, ...]]:
     return [(result.index, result.success, result.steps, result.final_state) for result in results]
+
+
+def test_ray_listens_on_the_loopback_device_alone(ray_cluster: None) -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [each for process in processes for each in process.net_connections("inet")]
+    listening = {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+    assert listening
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
 
 def test_a_dead_env_worker_is_replaced_and_its_episodes_end_the_same(
@@ -142,5 +151,17 @@ def test_a_dead_policy_costs_the_iterations_since_the_last_checkpoint(
     ]
     assert len(told) == 1
     assert "a worker died" in told[0]
-    with pytest.raises(WorkerFailed, match="3 failures without a checkpoint in between"):
-        run(tmp_path / "hopeless", kills=99)
+
+
+def test_a_run_that_fails_again_and_again_ends_with_the_reason(
+    ray_cluster: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise WorkerFailed("no worker wants to live")
+
+    monkeypatch.setattr(pi0rl.cluster.loop, "start_policies", fail)
+    params = load_params(QUICKSTART, SMALL)
+    loop, players, told = loop_config(params), players_config(params, params.env.train), list[str]()
+    with pytest.raises(WorkerFailed, match=r"no worker wants to live \(3 failures without a checkpoint in between\)"):
+        train(loop, players, CPU, checkpoint, tmp_path, lambda report: None, lambda done: None, told.append)
+    assert told == ["no worker wants to live; starting again after 0 iterations"] * 2
