@@ -47,4 +47,5 @@ def _ran(project: Path) -> list[str]:
 
 
 def _compared(project: Path) -> list[str]:
-    return pd.read_csv(project / "reports" / "sweeps" / "quickstart" / "comparison" / "comparison.csv")["point"].tolist()
+    table = pd.read_csv(project / "reports" / "sweeps" / "quickstart" / "comparison" / "comparison.csv")
+    return table["point"].tolist()
