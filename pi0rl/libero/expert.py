@@ -1,7 +1,7 @@
 """A scripted expert: from a task's goal and privileged state to actions.
 
-It plays goals of the kind "put this object in or on that": pick the object from above, carry it over its destination,
-let go; a grasp that slips is tried again.
+It takes the goal's tests in the order in which they can be met, meets each with one skill, and looks again: a test that
+does not hold is tried again in another way. Nothing in it knows a task, a scene or an object by name.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pi0rl.errors import UserError
-from pi0rl.libero import skills
-from pi0rl.libero.compile import compiled_task
-from pi0rl.libero.goal import GoalTest, InSite, JointTest, OnObject, OnSite
+from pi0rl.libero import mechanisms, skills
+from pi0rl.libero.goal import GoalTest, InSite, JointTest, OnObject
+from pi0rl.libero.grasping import choose_grasp
+from pi0rl.libero.inserting import insert, way_in
+from pi0rl.libero.placing import Placement, aside, container_joint, destination, is_dragged, moved_body
 from pi0rl.libero.simulation import Simulation
-from pi0rl.libero.skills import Destination, Grasp, World
+from pi0rl.libero.world import World
 
 ATTEMPTS = 6
-YAWS = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60, 75, -75, 90])
-SPARE_OPENING = 0.008  # m that must be left between the open fingers and the object
-GRIP_BELOW_TOP = 0.010  # m; further down, an opening finger can catch under the roof of a carton
-GRIP_ABOVE_FLOOR = 0.008  # m; lower, the finger tips touch the floor
-RIM_CLEARANCE = 0.02  # m by which an object passes over the rim of what it is put into, and sinks in before release
+ROOF_CLEARANCE = 0.008  # m by which an object is pulled out from under an edge before it is lifted
 OVER_DESTINATION = 0.04  # m of horizontal distance within which letting go has a chance
 
 
@@ -32,21 +29,12 @@ class Expert:
     Args:
         simulation: the slot to play in, already reset; the expert reads it before every action.
         rng: where ``disturb`` draws from; ``action`` itself draws nothing.
-
-    Raises:
-        UserError: for a task whose goal is not "put an object in or on something".
     """
 
     def __init__(self, simulation: Simulation, rng: np.random.Generator):
-        goal = compiled_task(simulation.task, simulation.seed).goal
-        if any(isinstance(test, JointTest) for test in goal):
-            raise UserError(
-                f"no expert for {simulation.task.suite} task {simulation.task.task_id} ({simulation.task.language!r}): "
-                "it can only put objects in or on something; choose other tasks or bring demonstrations"
-            )
         self._rng = rng
         self._drift = np.zeros(6)
-        self._actions = _play(World(simulation), goal)
+        self._actions = _play(World(simulation), simulation.goal)
 
     def action(self) -> np.ndarray:
         """The action for the next control step, float64 [7] in [-1, 1]; stands still, fingers open, when it gave up."""
@@ -65,46 +53,71 @@ class Expert:
 
 
 def _play(world: World, goal: tuple[GoalTest, ...]) -> Iterator[np.ndarray]:
-    for test in goal:
-        for attempt in range(ATTEMPTS):
-            if test.holds(world.simulation.model, world.simulation.data):
-                break
-            yield from _pick_and_place(world, test, attempt)
+    tests = _in_order(world, goal)
+    attempts = [0] * len(tests)
+    while True:
+        pending = [index for index, test in enumerate(tests) if not test.holds(world.model, world.data)]
+        if not pending or attempts[pending[0]] >= ATTEMPTS:
+            return
+        index = pending[0]
+        yield from _achieve(world, tests[index], attempts[index])
+        attempts[index] += 1
 
 
-def _pick_and_place(world: World, test: GoalTest, attempt: int) -> Iterator[np.ndarray]:
-    assert not isinstance(test, JointTest)
-    body = test.upper_body if isinstance(test, OnObject) else test.body
-    choice = choose_grasp(world, body, attempt)
+def _in_order(world: World, goal: tuple[GoalTest, ...]) -> list[GoalTest]:
+    """What is opened or turned first, then what is put somewhere, lower things first; what is closed comes last."""
+    placements = [test for test in goal if not isinstance(test, JointTest)]
+
+    def rank(test: GoalTest) -> int:
+        if isinstance(test, JointTest):
+            joint = int(np.flatnonzero(world.model.jnt_qposadr == test.qpos[0])[0])
+            return 0 if test.above == mechanisms.opened(world, joint).above else len(goal) + 1
+        lower = [other for other in placements if isinstance(test, OnObject) and moved_body(other) == test.lower_body]
+        return 1 + max((rank(other) for other in lower), default=0)
+
+    return sorted(goal, key=rank)
+
+
+def _achieve(world: World, test: GoalTest, attempt: int) -> Iterator[np.ndarray]:
+    if isinstance(test, JointTest):
+        yield from mechanisms.operate(world, test, attempt)
+        return
+    yield from _open_container(world, test, attempt)
+    into = way_in(world, test) if isinstance(test, InSite) else None
+    if isinstance(test, InSite) and into is not None:
+        yield from insert(world, test, into, attempt)
+    elif is_dragged(world, test):
+        yield from skills.drag(world, moved_body(test), destination(world, test).centre)
+    else:
+        yield from _pick_and_place(world, test, attempt)
+
+
+def _open_container(world: World, test: Placement, attempt: int) -> Iterator[np.ndarray]:
+    """Open the drawer an object is to go into, if it is shut; the object is first moved from where it would be under
+    the drawer."""
+    drawer = container_joint(world, test)
+    if drawer is None or mechanisms.opened(world, drawer).holds(world.model, world.data):
+        return
+    spot = aside(world, moved_body(test), int(world.model.jnt_bodyid[drawer]), mechanisms.travel_of(world, drawer))
+    if spot is not None:
+        yield from skills.drag(world, moved_body(test), spot)
+    yield from mechanisms.operate(world, mechanisms.opened(world, drawer), attempt)
+
+
+def _pick_and_place(world: World, test: Placement, attempt: int) -> Iterator[np.ndarray]:
+    body = moved_body(test)
+    choice = choose_grasp(world, body, attempt, destination(world, test))
+    rotation, here = skills.turned(choice.yaw), world.grip_point()
+    leans = world.grip_rotation()[2, 2] > -0.95
+    if leans or (np.isfinite(choice.ceiling) and here[2] < choice.clear_height - 0.1):
+        above = np.array([*(world.position(body) + choice.offset)[:2], choice.clear_height + 0.02])
+        yield from skills.travel(world, above, rotation, skills.OPEN, near=0.03)
     yield from skills.grasp(world, body, choice)
+    out = world.way_from_under(body, ROOF_CLEARANCE)
+    if out.any():
+        yield from skills.reach(world, world.grip_point() + out, rotation, skills.CLOSED)
     to = destination(world, test)
     yield from skills.carry(world, body, to, choice.yaw)
     arrived = np.linalg.norm(world.position(body)[:2] - to.centre) < OVER_DESTINATION
-    yield from skills.release(world, choice.yaw, 12 if arrived else 4)
-    yield from skills.rise(world, to.rim + 0.1, choice.yaw)
-
-
-def choose_grasp(world: World, body: int, attempt: int) -> Grasp:
-    """A top grasp in the middle of the object, with the smallest turn for which the open fingers pass around it.
-
-    Later attempts take the next turns, so that a grasp that failed is not repeated.
-    """
-    points = world.points(body)
-    low, high = points.min(axis=0), points.max(axis=0)
-    widths = [float(np.ptp(points[:, :2] @ np.array([-np.sin(yaw), np.cos(yaw)]))) for yaw in YAWS]
-    fitting = [yaw for yaw, width in zip(YAWS, widths, strict=True) if width < skills.MAX_OPENING - SPARE_OPENING]
-    yaw = fitting[attempt % len(fitting)] if fitting else YAWS[int(np.argmin(widths))]
-    height = max(low[2] + GRIP_ABOVE_FLOOR, high[2] - GRIP_BELOW_TOP)
-    grip = np.array([*(low + high)[:2] / 2, height])
-    return Grasp(grip - world.position(body), float(yaw), float(high[2] + 0.02))
-
-
-def destination(world: World, test: InSite | OnSite | OnObject) -> Destination:
-    """Where a goal wants its object: the middle of a region, or of another object."""
-    simulation = world.simulation
-    if isinstance(test, OnObject):
-        owner, centre = test.lower_body, world.position(test.lower_body)
-    else:
-        owner, centre = int(simulation.model.site_bodyid[test.site]), simulation.data.site_xpos[test.site]
-    rim = float(world.points(owner)[:, 2].max())
-    return Destination(centre[:2].copy(), rim + RIM_CLEARANCE, rim - RIM_CLEARANCE)
+    yield from skills.release(world, choice.yaw + to.turn, 12 if arrived else 4)
+    yield from skills.rise(world, to.rim + 0.1, choice.yaw + to.turn)

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.world import World
 
 OPEN, CLOSED = -1.0, 1.0
 MAX_OPENING = 0.08  # m between the finger pads
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5  # what an action of 1 asks of the controller, in m and rad
 POSITION_GAIN, ROTATION_GAIN = 2.0, 0.75
+HAND_CLEARANCE = 0.03  # m between the finger tips of a travelling gripper and what is under it
+TIP = 0.010  # m from the grip point to the ends of the fingers
+PRESSING_STEP, PUSHING_STEP = (0.016, 0.009), (0.022, 0.0)  # m ahead and below to aim at when dragging
+LOW_WALL = 0.02  # m; fingers slip over a lower one
 STALL_STEPS = 8  # control steps without progress after which a motion is left
 DOWNWARD = np.diag([1.0, -1.0, -1.0])  # the gripper looking down, its fingers opening along the world's y axis
 
@@ -31,85 +35,58 @@ class Grasp:
         offset: float64 [3], from the object's body frame origin to the grip point, in world axes (m).
         yaw: turn about the world's z axis away from fingers opening along y (rad).
         clear_height: height above which the open fingers may move sideways over the object (m, world z).
+        ceiling: height that the way there need not exceed (m, world z).
     """
 
     offset: np.ndarray
     yaw: float
     clear_height: float
+    ceiling: float = np.inf
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an object is to go: the horizontal centre, and the height its lowest point must pass over to get there."""
+    """Where an object is to go.
+
+    Attributes:
+        centre: float64 [2], where the origin of its frame is to be.
+        rim: height its lowest point must pass over to get there.
+        floor: height at which to let go.
+        support: body to let go on as soon as they touch, if any.
+        turn: how far it is to be turned about the vertical on the way (rad).
+    """
 
     centre: np.ndarray
     rim: float
     floor: float
-
-
-class World:
-    """Privileged view of a running simulation: the gripper, and the objects by the index of their root body."""
-
-    def __init__(self, simulation: Simulation):
-        self.simulation = simulation
-        self._corners: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def grip_point(self) -> np.ndarray:
-        """Position of the point between the finger tips, float64 [3] (m)."""
-        return self.simulation.proprioception()["robot0_eef_pos"]
-
-    def grip_rotation(self) -> np.ndarray:
-        """Orientation of the hand as a rotation matrix; its second column is the fingers' opening axis."""
-        x, y, z, w = self.simulation.proprioception()["robot0_eef_quat"]
-        matrix = np.empty(9)
-        mujoco.mju_quat2Mat(matrix, np.array([w, x, y, z]))
-        return matrix.reshape(3, 3)
-
-    def finger_width(self) -> float:
-        """Distance of the two finger joints (m); 0.08 when open."""
-        left, right = self.simulation.proprioception()["robot0_gripper_qpos"]
-        return float(left - right)
-
-    def position(self, body: int) -> np.ndarray:
-        """Position of a body's frame (m); LIBERO's goal predicates look at nothing else of an object."""
-        return self.simulation.data.xpos[body].copy()
-
-    def points(self, body: int) -> np.ndarray:
-        """Corners of the boxes around all collision geoms of an object, float64 [n, 3], world frame (m)."""
-        if body not in self._corners:
-            self._corners[body] = _collision_corners(self.simulation.model, body)
-        owners, corners = self._corners[body]
-        rotations = self.simulation.data.xmat[owners].reshape(-1, 3, 3)
-        return self.simulation.data.xpos[owners] + np.einsum("nij,nj->ni", rotations, corners)
-
-
-def _collision_corners(model: mujoco.MjModel, root: int) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the collision boxes of a body and its children: whose frame they are in [n], and where [n, 3]."""
-    tree = {root}
-    for body in range(root + 1, model.nbody):  # children come after their parents
-        if model.body_parentid[body] in tree:
-            tree.add(body)
-    signs = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, 8).T
-    owners, corners = [], []
-    for geom in np.flatnonzero((model.geom_contype != 0) | (model.geom_conaffinity != 0)):
-        if model.geom_bodyid[geom] not in tree:
-            continue
-        rotation = np.empty(9)
-        mujoco.mju_quat2Mat(rotation, model.geom_quat[geom])
-        box = model.geom_aabb[geom, :3] + signs * model.geom_aabb[geom, 3:]
-        corners.append(model.geom_pos[geom] + box @ rotation.reshape(3, 3).T)
-        owners.append(np.full(8, model.geom_bodyid[geom]))
-    return np.concatenate(owners), np.concatenate(corners)
+    support: int | None = None
+    turn: float = 0.0
 
 
 def steer(world: World, target: np.ndarray, yaw: float, gripper: float) -> np.ndarray:
-    """One action towards a grip point and a turn of the gripper: proportional, straight, at most 1 in every number."""
+    """One action towards a grip point and a turn of the gripper that looks down."""
+    return steer_to(world, target, turned(yaw), gripper)
+
+
+def turned(yaw: float) -> np.ndarray:
+    """Orientation [3, 3] of the gripper that looks down, turned about the vertical."""
+    return turn_about_vertical(yaw) @ DOWNWARD
+
+
+def steer_to(world: World, target: np.ndarray, wanted: np.ndarray, gripper: float) -> np.ndarray:
+    """One action towards a pose of the gripper: proportional, straight, at most 1 in every number."""
     push = POSITION_GAIN * (target - world.grip_point()) / POSITION_SCALE
     push /= max(1.0, float(np.abs(push).max()))
-    wanted = _turn(yaw) @ DOWNWARD
     turn = ROTATION_GAIN * _rotation_vector(wanted @ world.grip_rotation().T) / ROTATION_SCALE
     turn /= max(1.0, float(np.abs(turn).max()))
     return np.concatenate([push, turn, [gripper]])
+
+
+def turned_least(world: World, rotation: np.ndarray) -> np.ndarray:
+    """The orientation or the one with the fingers swapped, whichever is the nearer to the gripper's."""
+    swapped = rotation * np.array([-1.0, -1.0, 1.0])
+    now = world.grip_rotation()
+    return max(rotation, swapped, key=lambda wanted: float(np.trace(wanted @ now.T)))
 
 
 def ramp(value: float, low: float, high: float) -> float:
@@ -119,7 +96,7 @@ def ramp(value: float, low: float, high: float) -> float:
 
 def grasp(world: World, body: int, choice: Grasp) -> Iterator[np.ndarray]:
     """Come down on an object from above, fingers open, and close them on it."""
-    progress = _Progress()
+    progress = Progress()
     while True:
         target = world.position(body) + choice.offset
         here = world.grip_point()
@@ -131,16 +108,22 @@ def grasp(world: World, body: int, choice: Grasp) -> Iterator[np.ndarray]:
         # A funnel: over the object the height falls with the horizontal distance, down to the grasp when it is gone.
         goal = target.copy()
         goal[2] += (choice.clear_height - target[2]) * ramp(sideways, 0.004, 0.014) + 1.5 * max(0.0, sideways - 0.014)
+        goal[2] = min(goal[2], choice.ceiling)
         yield steer(world, goal, choice.yaw, OPEN)
     yield from squeeze(world, choice.yaw)
 
 
 def squeeze(world: World, yaw: float) -> Iterator[np.ndarray]:
+    """Close the fingers where they are, the gripper looking down."""
+    yield from squeeze_at(world, turned(yaw))
+
+
+def squeeze_at(world: World, rotation: np.ndarray) -> Iterator[np.ndarray]:
     """Close the fingers where they are, and wait until their width no longer changes (8 to 10 steps)."""
     hold = world.grip_point()
     width, still = world.finger_width(), 0
     for step in range(16):
-        yield steer(world, hold, yaw, CLOSED)
+        yield steer_to(world, hold, rotation, CLOSED)
         change, width = abs(world.finger_width() - width), world.finger_width()
         still = still + 1 if change < 5e-4 else 0
         if step >= 4 and still >= 2:
@@ -152,7 +135,7 @@ def carry(world: World, body: int, to: Destination, yaw: float) -> Iterator[np.n
 
     Ends early when the object is lost on the way (the caller looks, and grasps again).
     """
-    progress = _Progress()
+    progress = Progress()
     start = world.grip_point()[2] - float(world.points(body)[:, 2].min())
     while True:
         here, points = world.grip_point(), world.points(body)
@@ -164,19 +147,26 @@ def carry(world: World, body: int, to: Destination, yaw: float) -> Iterator[np.n
         height = to.floor + (to.rim - to.floor) * ramp(distance, 0.008, 0.025)
         if distance < 0.015 and bottom - to.floor < 0.006:
             return
+        if to.support is not None and distance < 0.02 and world.touching(body, to.support):
+            return
         if progress.stalled(distance + abs(height - bottom)):
             return
         # Sideways only as far as the object is up: first straight up, then over, without a corner between.
         free = ramp(bottom, to.rim - 0.06, to.rim - 0.01) if distance > 0.025 else 1.0
         goal = here + np.array([*(free * sideways), height - bottom])
-        yield steer(world, goal, yaw, CLOSED)
+        yield steer(world, goal, yaw + to.turn * ramp(bottom, to.rim - 0.06, to.rim - 0.01), CLOSED)
 
 
 def release(world: World, yaw: float, steps: int) -> Iterator[np.ndarray]:
-    """Open the fingers in place and wait."""
-    hold = world.grip_point()
+    """Open the fingers in place and wait, the gripper looking down."""
+    yield from hold(world, turned(yaw), OPEN, steps)
+
+
+def hold(world: World, rotation: np.ndarray, gripper: float, steps: int) -> Iterator[np.ndarray]:
+    """Stay in place for some steps."""
+    place = world.grip_point()
     for _ in range(steps):
-        yield steer(world, hold, yaw, OPEN)
+        yield steer_to(world, place, rotation, gripper)
 
 
 def rise(world: World, height: float, yaw: float) -> Iterator[np.ndarray]:
@@ -188,7 +178,72 @@ def rise(world: World, height: float, yaw: float) -> Iterator[np.ndarray]:
         yield steer(world, target, yaw, OPEN)
 
 
-class _Progress:
+def reach(
+    world: World, grip: np.ndarray, rotation: np.ndarray, gripper: float, near: float = 0.008
+) -> Iterator[np.ndarray]:
+    """Go straight to a pose; ends within ``near`` metres of it, or when the arm gets no further."""
+    progress = Progress()
+    while True:
+        away = float(np.linalg.norm(grip - world.grip_point()))
+        askew = float(np.linalg.norm(_rotation_vector(rotation @ world.grip_rotation().T)))
+        if (away < near and askew < 0.15) or progress.stalled(away + 0.1 * askew):
+            return
+        yield steer_to(world, grip, rotation, gripper)
+
+
+def travel(
+    world: World, grip: np.ndarray, rotation: np.ndarray, gripper: float, near: float = 0.012, below: float = 0.0
+) -> Iterator[np.ndarray]:
+    """Go to a pose over everything that stands between: up, across while turning, and down; ``below`` is how far what
+    the gripper holds reaches below the grip point (m)."""
+    held = world.held_bodies() if gripper == CLOSED else ()
+    between = world.highest_between(world.grip_point()[:2], grip[:2], 0.1, held)
+    over = max(float(grip[2]), between + HAND_CLEARANCE + below)
+    progress = Progress()
+    while True:
+        here = world.grip_point()
+        sideways = float(np.linalg.norm(grip[:2] - here[:2]))
+        askew = float(np.linalg.norm(_rotation_vector(rotation @ world.grip_rotation().T)))
+        far = sideways > 0.04
+        height = abs(over - here[2]) + over - grip[2] if far else abs(grip[2] - here[2])
+        if (sideways < near and height < near and askew < 0.15) or progress.stalled(
+            2 * sideways + height + 0.1 * askew
+        ):
+            return
+        goal = grip.copy()
+        goal[2] += (over - grip[2]) * ramp(sideways, 0.01, 0.04)
+        if far:
+            free = ramp(here[2], over - 0.06, over - 0.01)
+            goal[:2] = here[:2] + free * (grip[:2] - here[:2])
+        yield steer_to(world, goal, rotation, gripper)
+
+
+def drag(world: World, body: int, centre: np.ndarray) -> Iterator[np.ndarray]:
+    """Pull an open object over the table with closed fingers inside it, until it is at a place.
+
+    The fingers stand ahead of its middle, so that it trails behind and keeps its heading. They push against its wall,
+    or press on its floor where it has hardly any.
+    """
+    points, floor = world.points(body), world.inner_floor(body)
+    way = centre - world.position(body)[:2]
+    ahead = np.array([*way / np.linalg.norm(way), 0.0])
+    radius = float(np.max((points - world.position(body)) @ ahead))
+    presses = points[:, 2].max() - floor < LOW_WALL
+    height, step = (TIP, PRESSING_STEP) if presses else (2 * TIP, PUSHING_STEP)
+    inside = np.array([*world.position(body)[:2], floor + height]) + 0.3 * radius * ahead
+    rotation = turned(0.0)
+    yield from travel(world, inside + np.array([0.0, 0.0, 0.05]), rotation, CLOSED, near=0.02)
+    yield from reach(world, inside, rotation, CLOSED, near=0.005)
+    progress, distance = Progress(), float(np.linalg.norm(way))
+    while float((centre - world.position(body)[:2]) @ ahead[:2]) > 0.004:
+        along = float((world.grip_point() - inside) @ ahead)
+        if along > distance + radius or progress.stalled(-along):
+            break
+        yield steer_to(world, inside + ahead * (along + step[0]) - np.array([0.0, 0.0, step[1]]), rotation, CLOSED)
+    yield from rise(world, float(points[:, 2].max()) + 0.08, 0.0)
+
+
+class Progress:
     """Notices when a distance has not become smaller for a while."""
 
     def __init__(self) -> None:
@@ -202,7 +257,8 @@ class _Progress:
         return self._since >= STALL_STEPS
 
 
-def _turn(yaw: float) -> np.ndarray:
+def turn_about_vertical(yaw: float) -> np.ndarray:
+    """Rotation matrix [3, 3] about the world's z axis."""
     cosine, sine = np.cos(yaw), np.sin(yaw)
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 

@@ -1,0 +1,145 @@
+"""Plays the scripted expert on every task: successes per task and split, and how many control steps they take.
+
+    python -m benchmarks.expert                          # the four suites, 20 init states of both splits
+    python -m benchmarks.expert --suites libero_90 --states 5 --split official
+
+Writes benchmarks/results/expert.json and expert.md after every task; suites and splits that are not asked for keep the
+results of the last run. The expert sees no pictures, so an episode takes about half a second of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from benchmarks.machine import describe_machine
+from pi0rl.files import replace_text
+from pi0rl.libero.expert import Expert
+from pi0rl.libero.plan import Split, init_states
+from pi0rl.libero.simulation import Simulation
+from pi0rl.libero.suites import SUITES, Task, suite_tasks
+from pi0rl.progress import Progress
+
+RESULTS = Path(__file__).parent / "results"
+DEFAULT_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+# What the expert is meant to reach on every task of a suite.
+TARGETS = {"libero_spatial": 0.9, "libero_object": 0.9, "libero_goal": 0.8, "libero_10": 0.7}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task on one split.
+
+    Attributes:
+        suite, task_id, language, split: What was played.
+        episodes: Episodes played, one for each of the first init states.
+        steps: Control steps of the successful ones.
+        failed: Init states of the others.
+    """
+
+    suite: str
+    task_id: int
+    language: str
+    split: str
+    episodes: int
+    steps: tuple[int, ...]
+    failed: tuple[int, ...]
+
+
+def play(task: Task, split: Split, states: int) -> TaskResult:
+    """The expert on the first init states of a task."""
+    simulation = Simulation(task)
+    steps, failed = [], []
+    for init_state_id in range(states):
+        simulation.reset(init_states(task, split)[init_state_id])
+        expert = Expert(simulation, np.random.default_rng(0))
+        for step in range(task.max_episode_steps):
+            if simulation.step(expert.action()):
+                steps.append(step + 1)
+                break
+        else:
+            failed.append(init_state_id)
+    return TaskResult(task.suite, task.task_id, task.language, split, states, tuple(steps), tuple(failed))
+
+
+def as_markdown(results: list[TaskResult]) -> str:
+    """The tables: one per suite, a row per task."""
+    lines = ["# The scripted expert", "", "Successes of the episodes played, and the mean control steps of successes."]
+    splits = [split for split in get_args(Split) if any(result.split == split for result in results)]
+    for suite in SUITES:
+        of_suite = [result for result in results if result.suite == suite]
+        if not of_suite:
+            continue
+        lines += ["", f"## {suite}", ""]
+        if suite in TARGETS:
+            lines += [f"Wanted on every task: {TARGETS[suite]:.0%}.", ""]
+        lines += ["| task | instruction |" + "".join(f" {split} | steps |" for split in splits)]
+        lines += ["|---:|---|" + "---:|---:|" * len(splits)]
+        for task_id in sorted({result.task_id for result in of_suite}):
+            rows = {result.split: result for result in of_suite if result.task_id == task_id}
+            cells = "".join(f" {_cell(rows.get(split))} |" for split in splits)
+            lines.append(f"| {task_id} | {next(iter(rows.values())).language} |{cells}")
+        sums = "".join(f" {_sum([result for result in of_suite if result.split == split])} | |" for split in splits)
+        lines.append(f"| | **all** |{sums}")
+        solved = {result.task_id for result in of_suite if result.steps}
+        lines += ["", f"Tasks solved at least once: {len(solved)} of {len({row.task_id for row in of_suite})}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(result: TaskResult | None) -> str:
+    if result is None:
+        return "| "
+    mean = f"{np.mean(result.steps):.0f}" if result.steps else "-"
+    return f"{len(result.steps)}/{result.episodes} | {mean}"
+
+
+def _sum(results: list[TaskResult]) -> str:
+    return f"**{sum(len(result.steps) for result in results)}/{sum(result.episodes for result in results)}**"
+
+
+def load(path: Path) -> list[TaskResult]:
+    """The results of earlier runs."""
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return [TaskResult(**{**row, "steps": tuple(row["steps"]), "failed": tuple(row["failed"])}) for row in rows]
+
+
+def save(folder: Path, results: list[TaskResult]) -> str:
+    """Write both files; returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results.sort(key=lambda result: (SUITES.index(result.suite), result.task_id, result.split))
+    record = {"machine": describe_machine(), "targets": TARGETS, "tasks": [asdict(result) for result in results]}
+    replace_text(folder / "expert.json", json.dumps(record, indent=1) + "\n")
+    table = as_markdown(results)
+    replace_text(folder / "expert.md", table)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", default=DEFAULT_SUITES, choices=SUITES, metavar="SUITE")
+    parser.add_argument("--states", type=int, default=20, help="init states per task and split")
+    parser.add_argument("--split", nargs="+", default=list(get_args(Split)), choices=get_args(Split))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files")
+    arguments = parser.parse_args()
+    units = [(task, split) for suite in arguments.suites for task in suite_tasks(suite) for split in arguments.split]
+    results, table = load(arguments.output / "expert.json"), ""
+    progress = Progress("expert", len(units), "task")
+    for done, (task, split) in enumerate(units, start=1):
+        played = play(task, split, arguments.states)
+        key = (task.suite, task.task_id, split)
+        results = [row for row in results if (row.suite, row.task_id, row.split) != key] + [played]
+        table = save(arguments.output, results)
+        line = f"{task.suite} {task.task_id} {split}: {len(played.steps)}/{played.episodes}"
+        progress.update(done, line, always=True)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
