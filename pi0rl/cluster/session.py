@@ -26,6 +26,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray._private import ray_constants
 
+# Ray's processes on this machine end this long after their head has gone (60 by default); it would not come back.
+LOST_SECONDS = 20
+_LOST_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
@@ -84,14 +87,22 @@ def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = No
 def _start_local(cpus: int, options: dict[str, Any]) -> None:
     # Ray turns 127.0.0.1 into an address that others can reach, unless it believes that there are no others.
     reachable, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ[_LOST_VARIABLE] = str(LOST_SECONDS)
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **options,
+        )
     except Exception as error:  # Ray raises nothing more specific when a part of it does not come up in time
         ray.shutdown()
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"Ray did not start ({reason}); is the machine overloaded or /tmp full? Try again") from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = reachable
+        del os.environ[_LOST_VARIABLE]
 
 
 def cluster_nodes() -> tuple[Node, ...]:

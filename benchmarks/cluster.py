@@ -1,0 +1,237 @@
+"""Times rollouts through Ray: two pipeline stages against one, Ray against one process, and env workers on cores.
+
+    python -m benchmarks.cluster           # about ten minutes on two idle cores
+    python -m benchmarks.cluster --model   # only the scaling model, from benchmarks/results
+
+The policy is a random tiny pi0 at the quickstart's sizes; episodes are the quickstart's, played to the step limit.
+Every round measures each way once, one after the other, so that a busy machine slows all of them alike; ratios are
+taken within rounds. Results go to benchmarks/results/cluster.json and cluster.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from benchmarks.machine import describe_machine
+from benchmarks.scaling import scaling_table
+from pi0rl.cluster.placement import Placement
+from pi0rl.cluster.players import Players, PlayersConfig, open_players
+from pi0rl.cluster.reservation import Reservation
+from pi0rl.cluster.rollout_worker import NoiseKey, PlayMode, RolloutWorker
+from pi0rl.cluster.session import ray_session
+from pi0rl.cluster.setup import players_config
+from pi0rl.files import replace_text
+from pi0rl.libero.plan import Episode, evaluation_plan
+from pi0rl.libero.simulation import ACTION_DIM
+from pi0rl.libero.slots import EpisodeResult, Look, Slots
+from pi0rl.libero.suites import suite_tasks
+from pi0rl.params import ClusterParams, load_params
+from pi0rl.policy.checkpoints import save_policy
+from pi0rl.policy.config import TINY
+from pi0rl.policy.policy import create_policy
+from pi0rl.policy.processing import mean_std, tiny_processing
+from pi0rl.progress import Progress
+
+RESULTS = Path(__file__).parent / "results"
+PARAMS = Path(__file__).parents[1] / "params" / "quickstart.yaml"
+SUITE = "libero_object"
+CPU = Placement((), (), ())
+NOISE = NoiseKey(seed=0, stream=0, iteration=0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: control steps and seconds of a way in a round; shares of the time its components were busy."""
+
+    way: str
+    round: int
+    steps: int
+    seconds: float
+    env_busy: float
+    rollout_busy: float
+
+    @property
+    def rate(self) -> float:
+        """Control steps per second."""
+        return self.steps / self.seconds
+
+
+class StillPolicy:
+    """A rollout worker that costs nothing: it stands still, to measure env workers alone."""
+
+    def begin(self, noise: NoiseKey, mode: PlayMode) -> None:
+        """Nothing to prepare."""
+
+    def act(self, look: Look) -> np.ndarray:
+        return np.zeros((len(look.episode), 8, ACTION_DIM))
+
+    def acting_seconds(self) -> float:
+        return 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--model", action="store_true", help="print the scaling model alone")
+    options = parser.parse_args()
+    if options.model:
+        print(scaling_table(RESULTS))
+        return
+    rows = measure(options.rounds, options.episodes)
+    result = {
+        "machine": describe_machine(),
+        "episodes": options.episodes,
+        "rows": [vars(row) for row in rows],
+        **summary(rows),
+    }
+    replace_text(RESULTS / "cluster.json", json.dumps(result, indent=1) + "\n")
+    replace_text(RESULTS / "cluster.md", report(result))
+    print(report(result))
+
+
+def measure(rounds: int, episodes: int) -> list[Row]:
+    """All ways in all rounds."""
+    tasks = len(suite_tasks(SUITE))
+    plan = evaluation_plan([SUITE], "official", -(-episodes // tasks), seed=0)[:episodes]
+    rows: list[Row] = []
+    progress = Progress("cluster", 5 * (rounds + 1), "measurement", 0)
+    with tempfile.TemporaryDirectory() as folder, ray_session(ClusterParams(), cpus=2):
+        checkpoint = Path(folder) / "policy"
+        save_random_policy(checkpoint)
+        params = load_params(PARAMS)
+        base = replace(players_config(params, params.env.train), slots=32)
+        ways: dict[str, Callable[[], tuple[int, float, float, float]]] = {
+            "one process": lambda: in_one_process(base, checkpoint, plan),
+            "Ray, 1 stage": lambda: through_ray(replace(base, workers=1, stages=1), checkpoint, plan),
+            "Ray, 2 stages": lambda: through_ray(replace(base, workers=1, stages=2), checkpoint, plan),
+            "1 env worker": lambda: standing_still(replace(base, workers=1, stages=2), plan),
+            "2 env workers": lambda: standing_still(replace(base, workers=2, stages=2), plan),
+        }
+        for number in range(-1, rounds):  # the first one warms caches and is not kept
+            for way, run in ways.items():
+                row = Row(way, number, *run())
+                rows += [row] if number >= 0 else []
+                progress.update(len(ways) * (number + 1) + list(ways).index(way) + 1, f"{way}: {row.rate:.0f} steps/s")
+    return rows
+
+
+def in_one_process(config: PlayersConfig, checkpoint: Path, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
+    """The same simulations and the same policy without Ray, one after the other."""
+    slots = Slots(config.slots, config.slot)
+    worker = RolloutWorker(checkpoint, config.sampler, None, 1, "cpu")
+    worker.start()
+
+    def play() -> int:
+        worker.begin(NOISE, "train")
+        look = slots.start(plan)
+        while look.running:
+            look = slots.step(worker.act(look))
+        worker.act(look)
+        return sum(result.steps for result in slots.results)
+
+    play()  # models are compiled and loaded
+    started = perf_counter()
+    steps = play()
+    seconds = perf_counter() - started
+    return steps, seconds, sum(slots.seconds.values()) / seconds, worker.seconds / seconds
+
+
+def through_ray(config: PlayersConfig, checkpoint: Path, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
+    """Simulations in an env worker, the policy in a process of its own."""
+    with open_players(config, CPU, checkpoint) as players:
+        return _timed(players, plan)
+
+
+def standing_still(config: PlayersConfig, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
+    """Env workers without a policy to wait for."""
+    with still_players(config) as players:
+        return _timed(players, plan)
+
+
+@contextmanager
+def still_players(config: PlayersConfig) -> Iterator[Players]:
+    policy: Any = ray.remote(StillPolicy).options(num_cpus=0).remote()
+    with Reservation(CPU, config.workers, ("env",)) as room:
+        yield Players(config, room, [policy])
+    ray.kill(policy)
+
+
+def _timed(players: Players, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
+    players.play(plan, NOISE, "train")  # models are compiled and loaded
+    started = perf_counter()
+    results: list[EpisodeResult] = players.play(plan, NOISE, "train")
+    seconds = perf_counter() - started
+    env = players.env_seconds()
+    busy = sum(sum(worker.values()) for worker in env) / len(env) / seconds
+    return sum(result.steps for result in results), seconds, busy, players.acting_seconds() / seconds
+
+
+def save_random_policy(directory: Path) -> None:
+    """A tiny pi0 that has learnt nothing, with the sizes of the quickstart's."""
+    prompts = tuple(task.language for task in suite_tasks(SUITE))
+    state, action = mean_std(np.zeros((2, 8))), mean_std(np.zeros((2, 7)))
+    save_policy(create_policy(TINY, tiny_processing(TINY, state, action, prompts), seed=0), directory)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Medians by way, and of the ratios within rounds."""
+
+    def ratio(way: str, base: str) -> float:
+        rates = {(row.way, row.round): row.rate for row in rows}
+        return median(rates[way, number] / rates[base, number] for number in {row.round for row in rows})
+
+    ways = dict.fromkeys(row.way for row in rows)
+    return {
+        "rates": {way: median(row.rate for row in rows if row.way == way) for way in ways},
+        "gain_of_two_stages": ratio("Ray, 2 stages", "Ray, 1 stage") - 1.0,
+        "overhead_of_ray": ratio("one process", "Ray, 1 stage") - 1.0,
+        "scaling_to_two_workers": ratio("2 env workers", "1 env worker"),
+        "load_average": psutil.getloadavg()[0],
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The numbers as Markdown."""
+    rows = [Row(**row) for row in result["rows"]]
+    lines = [
+        "# Rollouts through Ray",
+        "",
+        f"`python -m benchmarks.cluster` on {result['machine']['cores']} cores of {result['machine']['processor']}: "
+        f"{result['episodes']} episodes of {SUITE}, 32 slots, {len({row.round for row in rows})} rounds, medians; load "
+        f"average at the end {result['load_average']:.1f}.",
+        "",
+        "| way | control steps per second | env busy | rollout busy |",
+        "|---|---|---|---|",
+    ]
+    for way, rate in result["rates"].items():
+        env, rollout = (median(getattr(row, name) for row in rows if row.way == way) for name in _BUSY)
+        lines.append(f"| {way} | {rate:.0f} | {env:.0%} | {rollout:.0%} |")
+    lines += [
+        "",
+        f"- two stages instead of one: {result['gain_of_two_stages']:+.1%}",
+        f"- Ray instead of one process (one stage, so nothing overlaps): {result['overhead_of_ray']:+.1%} time",
+        f"- two env workers instead of one, without a policy: x {result['scaling_to_two_workers']:.2f}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_BUSY = ("env_busy", "rollout_busy")
+
+
+if __name__ == "__main__":
+    main()
