@@ -36,6 +36,7 @@ def serve(root: Path) -> None:
         "PREFECT_PLUGINS_ENABLED": "false",  # ours is about the command line
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "DO_NOT_TRACK": "1",
+        "PWD": str(root),  # prefect.yaml names the folder by it, and a `make -C` or an editor leaves another one there
     }
     environment["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     server = start_child([_prefect(), "server", "start", "--host", host, "--port", str(port)], root, environment)
