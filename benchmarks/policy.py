@@ -3,6 +3,7 @@
     python -m benchmarks.policy                # the tiny pi0, about a minute
     python -m benchmarks.policy --full-size    # also the 3.3 B-parameter pi0 in bf16: 15 GB of memory, 7 GB of disk,
                                                # about 10 minutes on two cores
+    python -m benchmarks.policy --full-size --lerobot ENVIRONMENT/bin/python   # also LeRobot's pi0; 7 GB more of each
 
 Every round runs each way once, one after the other, so that a busy machine slows all of them alike; ratios are taken
 within rounds. At full size random weights are written in openpi's layout and read back by a process of its own, whose
@@ -12,8 +13,10 @@ memory is measured. Results go to benchmarks/results/policy.json and policy.md.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import against_lerobot
 from benchmarks.machine import describe_machine
 from pi0rl.files import replace_text
 from pi0rl.observation import Observation
@@ -54,6 +58,7 @@ from pi0rl.progress import Progress
 from pi0rl.rl.config import OptimConfig
 from pi0rl.rl.optimizer import PolicyOptimizer
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "put both the alphabet soup and the tomato sauce in the basket"
 SAMPLER = SamplerConfig("flow_sde", num_steps=10, action_chunk=5, stochastic="single")
@@ -243,6 +248,14 @@ def measure_full(folder: Path) -> dict[str, Any]:
     }
 
 
+def prepare_lerobot(folder: Path) -> None:
+    """Beside the checkpoint ``folder/pi0``: the same for LeRobot, with a look's inputs, noise and our actions."""
+    policy = load_policy(folder / "pi0")
+    inputs, noise = policy.processing.inputs(observe(FULL_SIZE.batch)), noise_for(policy, FULL_SIZE.batch)
+    actions = sample(policy, inputs, noise, SAMPLER, "eval").actions
+    against_lerobot.write(policy, inputs, noise, SAMPLER.num_steps, actions, folder)
+
+
 def _memory() -> dict[str, float]:
     """GiB this process has of its own, and maps from files (which the system may drop and read again)."""
     info = psutil.Process().memory_info()
@@ -253,7 +266,7 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def in_fresh_process(function: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+def in_fresh_process(function: Callable[[Path], T], folder: Path) -> T:
     """``function(folder)`` where nothing else has left memory behind, with as many threads as here."""
     start = partial(torch.set_num_threads, torch.get_num_threads())
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
@@ -276,7 +289,8 @@ def markdown(results: dict[str, Any]) -> str:
     for size in (size for size in ("tiny", "full") if size in results):
         lines += ["", *_table(size, results[size])]
     if "full" in results:
-        lines += ["", *_memory_lines(results["full"])]
+        own = median(seconds(results["full"], WAYS[0], "look"))
+        lines += ["", *against_lerobot.lines(results.get("lerobot"), own), "", *_memory_lines(results["full"])]
     return "\n".join(lines) + "\n"
 
 
@@ -335,13 +349,19 @@ def main() -> None:
     parser.add_argument("--full-size", action="store_true", help="also the 3.3 B-parameter pi0 (see above)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of policy.json and policy.md")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; more waste time waiting")
+    parser.add_argument("--lerobot", metavar="PYTHON", help="the Python of an environment with LeRobot's pi0")
     options = parser.parse_args()
+    python = options.lerobot or (sys.executable if importlib.util.find_spec("lerobot") else None)
     torch.set_num_threads(options.threads)
     results = {"machine": describe_machine(), "tiny": measure_tiny()}
     if options.full_size:
         with tempfile.TemporaryDirectory(dir=options.output) as folder:
-            build = in_fresh_process(build_full, Path(folder) / "pi0")
-            results["full"] = in_fresh_process(measure_full, Path(folder) / "pi0") | {"build": build}
+            place = Path(folder)
+            build = in_fresh_process(build_full, place / "pi0")
+            results["full"] = in_fresh_process(measure_full, place / "pi0") | {"build": build}
+            if python is not None:
+                in_fresh_process(prepare_lerobot, place)
+                results["lerobot"] = against_lerobot.measure(python, place, FULL_SIZE.rounds, options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     replace_text(options.output / "policy.json", json.dumps(results, indent=1) + "\n")
     replace_text(options.output / "policy.md", markdown(results))

@@ -110,6 +110,7 @@ OPENPI = {
         "not all finite numbers",
     ),
     "truncated statistics": (bytes_of(NORM_STATS, lambda b: b[:-5]), r"norm_stats.json: not readable as JSON"),
+    "truncated tokenizer": (bytes_of("tokenizer.json", lambda b: b[:-9]), "tokenizer.json is not a tokenizer"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer; put PaliGemma's"),
     "code in a pickle": (written("full_weights.pt", pickle.dumps({"weight": Evil()})), "nothing was run"),
     "foreign pickle": (
@@ -156,6 +157,10 @@ def enable_relative_actions(pipeline: dict[str, Any]) -> None:
     pipeline["steps"].append({"registry_name": "relative_actions_processor", "config": config})
 
 
+def cameras(*names: str) -> dict[str, Any]:
+    return {f"observation.images.{name}": {"type": "VISUAL", "shape": [3, 256, 256]} for name in names}
+
+
 LEROBOT = {
     "another policy": (edited("config.json", lambda c: c.update(type="act")), "type is act, expected pi0 or pi05"),
     "another variant": (
@@ -177,6 +182,14 @@ LEROBOT = {
     "relative to other joints": (
         edited("policy_preprocessor.json", enable_relative_actions),
         "relative_actions_processor is enabled with action_names",
+    ),
+    "other cameras": (
+        edited("config.json", lambda c: c.update(input_features=cameras("wrist", "front"))),
+        r"cameras \['observation.images.wrist', 'observation.images.front'\], expected the room's view",
+    ),
+    "normalised images": (
+        edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"]["norm_map"].update(VISUAL="MEAN_STD")),
+        "norm_map.VISUAL is MEAN_STD, expected IDENTITY",
     ),
     "old names": (
         weights(lambda t: t.update({"model.paligemma_with_expert.paligemma.vision_tower.x": torch.zeros(1)})),

@@ -57,13 +57,29 @@ def test_every_experiment_has_a_plan(name: str) -> None:
     assert not plan.too_full
     text = describe(name, params, plan)
     assert all(device in text for device in plan.capacity)
-    assert {line.component for line in plan.lines} == {"env", "rollout", "actor"}
+    shared = any(line.component == "both" for line in plan.lines)  # weights that rollout and actor hold in one process
+    assert {line.component for line in plan.lines} == {"env", "rollout", "actor", *(["both"] if shared else [])}
 
 
-def on_a_gpu() -> Params:
+def test_adapters_are_cheaper_than_training_the_vlm() -> None:
+    config = replace(TINY_UPDATE, precision="bf16", train_expert_only=False)
+    whole, adapters = predict(config), predict(replace(config, lora_rank=4))
+    frozen = predict(replace(config, train_expert_only=True))
+    added = adapters.parameters - whole.parameters
+    assert adapters.trained == frozen.trained + added
+    assert adapters.weights == whole.weights + 4 * added  # adapters are float32
+    assert adapters.gradients < whole.gradients
+    assert frozen.update < adapters.update  # the VLM's graph is kept
+    params = on_a_gpu("openpi.train_expert_only=false", "actor.model.lora_rank=4")
+    plan = make_plan(params, 1, 0.1, 100.0)
+    assert "actor.model.is_lora=true" in dict(remedies(params, plan, 1, 0.1, 100.0))
+
+
+def on_a_gpu(*overrides: str) -> Params:
     placement = "cluster.component_placement={env: cpu, rollout: 0, actor: 0}"
     return load_params(
-        PARAMS / "quickstart.yaml", (placement, "actor.micro_batch_size=1024", "actor.global_batch_size=1024")
+        PARAMS / "quickstart.yaml",
+        (placement, "actor.micro_batch_size=1024", "actor.global_batch_size=1024", *overrides),
     )
 
 

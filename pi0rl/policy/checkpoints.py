@@ -59,7 +59,8 @@ def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
 
     Args:
         source: a directory (pi0rl, openpi, RLinf or LeRobot layout), or what ``sources.resolve`` understands.
-        assets: directory with norm_stats.json and tokenizer, where an openpi or RLinf checkpoint lacks them.
+        assets: directory with norm_stats.json and tokenizer, where an openpi or RLinf checkpoint lacks them, or with
+            the tokenizer, where a LeRobot checkpoint does.
     """
     directory = resolve(str(source)).directory
     layout = layout_of(directory)
@@ -67,4 +68,4 @@ def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
         return load_own(directory)
     if (directory / SIDECAR).is_file():
         return load_exported(directory)
-    return load_lerobot(directory) if layout == "lerobot" else load_openpi(directory, assets)
+    return load_lerobot(directory, assets) if layout == "lerobot" else load_openpi(directory, assets)

@@ -78,7 +78,9 @@ def _relative_actions(directory: Path) -> bool:
 def lerobot_weights(tensors: Mapping[str, Tensor], pi05: bool) -> dict[str, Tensor]:
     """LeRobot's names to ours: without ``model.``, and without what its own loader renames or drops."""
     named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if pi05:
+    if not pi05:
+        named = {f"action_{name}" if name.startswith("time_mlp_") else name: tensor for name, tensor in named.items()}
+    else:
         named = {name.replace("action_time_mlp_", "time_mlp_"): tensor for name, tensor in named.items()}
         plain_norms = ("layernorm.weight", "model.norm.weight")
         named = {
@@ -89,7 +91,24 @@ def lerobot_weights(tensors: Mapping[str, Tensor], pi05: bool) -> dict[str, Tens
     return canonical(named)
 
 
-def lerobot_processing(directory: Path, config: Pi0Config, token_len: int) -> Processing:
+def _check_images(directory: Path, described: Mapping[str, Any]) -> None:
+    """LIBERO's two cameras are fed in the order of ``input_features``: the room first, then the wrist."""
+    features = described.get("input_features") or {}
+    cameras = [name for name, feature in features.items() if feature.get("type") == "VISUAL"]
+    if features and (len(cameras) < 2 or "wrist" in cameras[0]):
+        raise UserError(
+            f"{directory / 'config.json'}: input_features has the cameras {cameras}, expected the room's view and then "
+            "the wrist's; this policy was not trained on LIBERO's cameras in that order"
+        )
+    step = _step(directory / PREPROCESSOR, "normalizer_processor")
+    method = step["config"]["norm_map"].get("VISUAL", "IDENTITY") if step else "IDENTITY"
+    if method != "IDENTITY":
+        raise UserError(
+            f"{directory / PREPROCESSOR}: norm_map.VISUAL is {method}, expected IDENTITY; such images are not supported"
+        )
+
+
+def lerobot_processing(directory: Path, config: Pi0Config, token_len: int, assets: Path | None = None) -> Processing:
     """What LeRobot's pipeline does with LIBERO's observations: torch resizing, its own statistics."""
     state_norm, action_norm = read_normalisations(directory)
     return Processing(
@@ -97,7 +116,9 @@ def lerobot_processing(directory: Path, config: Pi0Config, token_len: int) -> Pr
         state_dim=config.state_dim,
         action_dim=config.action_dim,
         token_len=token_len,
-        tokenizer=check_vocabulary(find_tokenizer([directory]), config, directory),
+        tokenizer=check_vocabulary(
+            find_tokenizer([directory] if assets is None else [assets, directory]), config, directory
+        ),
         state_norm=state_norm,
         action_norm=action_norm,
         prompt_style="text_and_state" if config.pi05 else "lerobot_text",
@@ -106,10 +127,11 @@ def lerobot_processing(directory: Path, config: Pi0Config, token_len: int) -> Pr
     )
 
 
-def load_lerobot(directory: Path, config: Pi0Config | None = None) -> Policy:
+def load_lerobot(directory: Path, assets: Path | None = None, config: Pi0Config | None = None) -> Policy:
     """A checkpoint of LeRobot's ``pi0`` or ``pi05``, on the CPU in its own dtypes.
 
     Args:
+        assets: where to look for the tokenizer besides ``directory``: older checkpoints do not hold theirs.
         config: the architecture, where it cannot be seen in the shapes.
     """
     file = directory / "config.json"
@@ -122,6 +144,7 @@ def load_lerobot(directory: Path, config: Pi0Config | None = None) -> Policy:
         raise UserError(
             f"{file}: {switched[0]} is {described[switched[0]]}, expected off; such a network is not supported"
         )
+    _check_images(directory, described)
     pi05 = described["type"] == "pi05"
     stored = read_safetensors(directory)
     if any(name.removeprefix("model.").startswith("paligemma_with_expert.paligemma.vision_tower.") for name in stored):
@@ -140,7 +163,7 @@ def load_lerobot(directory: Path, config: Pi0Config | None = None) -> Policy:
     if config is None:
         config = replace(infer_config(tensors, int(described["chunk_size"]), directory), max_token_len=length)
     with torch.device("meta"):
-        policy = Policy(config, lerobot_processing(directory, config, length))
+        policy = Policy(config, lerobot_processing(directory, config, length, assets))
     assign(policy, tensors, directory)
     return policy
 

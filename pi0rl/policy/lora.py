@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pi0rl.errors import UserError
-from pi0rl.policy.policy import ADAPTER, FROZEN_PREFIX, Policy
+from pi0rl.policy.policy import FROZEN_PREFIX, Policy
+from pi0rl.policy.precision import ADAPTER
 
 # Every linear layer of attention and MLP, in the image tower and in Gemma, as RLinf has it.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")

@@ -119,8 +119,9 @@ class LiveBytes(TorchDispatchMode):
 @lru_cache
 def predict(config: MemoryConfig) -> PolicyMemory:
     """Memory of a policy and of its use."""
+    policy = _policy(config)
     with FakeTensorMode():
-        policy = _policy(config)
+        materialise(policy, config.precision)
         trained = list(policy.trainable_parameters(config.train_expert_only).values())
         policy.model.set_gradient_checkpointing(config.gradient_checkpointing)
         look_cache, look = _look(policy, config)
@@ -140,11 +141,11 @@ def predict(config: MemoryConfig) -> PolicyMemory:
 
 
 def _policy(config: MemoryConfig) -> Policy:
+    """On the meta device."""
     unused = Normalisation("mean_std", (), ())
     processing = tiny_processing(config.model, unused, unused, ("",))
     with torch.device("meta"):
         policy = Policy(config.model, processing, config.critic, config.exploration)
-    materialise(policy, config.precision)
     return with_lora(policy, None if config.lora_rank is None else LoraConfig(config.lora_rank, seed=0))
 
 

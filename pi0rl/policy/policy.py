@@ -11,11 +11,10 @@ from pi0rl.policy.config import Pi0Config
 from pi0rl.policy.critic import CriticConfig, NoiseHead, NoiseHeadConfig, ValueHead, pool_prefix
 from pi0rl.policy.initialise import draw_repeating, initialise
 from pi0rl.policy.model import ModelInputs, Pi0, Prefix
-from pi0rl.policy.precision import materialise
+from pi0rl.policy.precision import ADAPTER, materialise
 from pi0rl.policy.processing import Processing
 
 FROZEN_PREFIX = "paligemma_with_expert.paligemma."
-ADAPTER = ".lora_"
 
 
 class Policy(nn.Module):

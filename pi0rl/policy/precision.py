@@ -7,10 +7,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+# Part of the names of LoRA's weights.
+ADAPTER = ".lora_"
 Precision = Literal["fp32", "bf16"]
 
 # Inside the towers; the small projections and heads around them stay float32 altogether.
 _FLOAT32_PARTS = ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm", "model.norm")
+_FLOAT32_PARTS += (ADAPTER,)
 
 
 def storage_dtype(name: str, precision: Precision) -> torch.dtype:

@@ -115,7 +115,13 @@ class HuggingFaceTokenizer:
     def _tokenizer(self):
         from tokenizers import Tokenizer as FastTokenizer
 
-        return FastTokenizer.from_str(self.definition)
+        try:
+            return FastTokenizer.from_str(self.definition)
+        except Exception as error:  # the library raises nothing more specific
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"tokenizer.json is not a tokenizer ({reason}), truncated or foreign; fetch it again"
+            ) from error
 
     @property
     def bos_id(self) -> int:
@@ -126,7 +132,8 @@ class HuggingFaceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        """Of the ids that words become: PaliGemma's adds ``<image>`` behind the last id its network embeds."""
+        return 1 + max(self.bos_id, *self._tokenizer.get_vocab(with_added_tokens=False).values())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
