@@ -36,7 +36,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 # Pages that a reader follows a link to rather than copies of files
 _RESULTS, _REPORT = re.compile(r"benchmarks/results/([\w-]+)\.\w+"), re.compile(r"reports/(.+)/report\.md")
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
-_CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"(^```.*?^```|`(?:[^`\n]|\n(?!\n))+`)", re.MULTILINE | re.DOTALL)  # code may go on in the next line
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

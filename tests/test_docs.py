@@ -40,6 +40,18 @@ def test_the_site_asks_nothing_of_other_servers(site: Path) -> None:
     assert not any("@import" in sheet.read_text() for sheet in site.rglob("*.css"))
 
 
+def test_pages_link_to_files_that_git_holds() -> None:
+    # A file that only this checkout has builds here, and nowhere else.
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    held = {ROOT / name for name in listed.stdout.split("\0")}
+    for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")]:
+        links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        files = [(page.parent / link).resolve() for link in links if "://" not in link]
+        assert [str(file) for file in files if file.is_file() and file not in held] == [], page
+
+
 def test_the_reference_holds_every_name(site: Path) -> None:
     params = (site / "reference" / "params.html").read_text()
     for key in ("num_action_chunks", "logger_backends", "component_placement", "target_kl", "episodes_per_task"):
