@@ -9,15 +9,20 @@ import sys
 from importlib import metadata
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = "pi0rl[dev]"
+OLDEST_PYTHON = "3.11.2"  # Debian 12's
 # What torch pins itself, and which of its builds is installed, differ between machines with and without a GPU.
 LEFT_TO_TORCH = ("nvidia-", "cuda-", "triton")
 
 
 def closure(root: str) -> dict[str, str]:
-    """name -> version of everything that ``root`` requires on this machine, without ``root`` itself."""
+    """name -> version of everything that ``root`` requires on this machine, without ``root`` itself.
+
+    Ends with a message where a release does not run on ``OLDEST_PYTHON``.
+    """
     pins: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     waiting = [Requirement(root)]
@@ -29,6 +34,9 @@ def closure(root: str) -> dict[str, str]:
                 continue
             seen.add((name, extra))
             distribution = metadata.distribution(name)
+            pythons = distribution.metadata.get("Requires-Python", "")
+            if OLDEST_PYTHON not in SpecifierSet(pythons):
+                sys.exit(f"lock: {name} {distribution.version} wants Python {pythons}; pin one for {OLDEST_PYTHON}")
             pins[name] = distribution.version.partition("+")[0]
             for text in distribution.requires or ():
                 needed = Requirement(text)
