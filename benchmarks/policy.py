@@ -3,7 +3,10 @@
     python -m benchmarks.policy                # the tiny pi0, about a minute
     python -m benchmarks.policy --full-size    # also the 3.3 B-parameter pi0 in bf16: 15 GB of memory, 7 GB of disk,
                                                # about 10 minutes on two cores
-    python -m benchmarks.policy --full-size --lerobot ENVIRONMENT/bin/python   # also LeRobot's pi0; 7 GB more of each
+    python -m benchmarks.policy --full-size --lerobot ENVIRONMENT/bin/python   # also LeRobot's pi0: 18 GB of memory,
+                                               # 15 GB of disk
+
+For the last, ENVIRONMENT is made apart: `python3.12 -m venv ENVIRONMENT` and in it `pip install "lerobot[pi]==0.6.1"`.
 
 Every round runs each way once, one after the other, so that a busy machine slows all of them alike; ratios are taken
 within rounds. At full size random weights are written in openpi's layout and read back by a process of its own, whose
@@ -351,10 +354,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; more waste time waiting")
     parser.add_argument("--lerobot", metavar="PYTHON", help="the Python of an environment with LeRobot's pi0")
     options = parser.parse_args()
+    if options.lerobot and not options.full_size:
+        parser.error("--lerobot: LeRobot's pi0 has no tiny size, so it needs --full-size")
     python = options.lerobot or (sys.executable if importlib.util.find_spec("lerobot") else None)
     torch.set_num_threads(options.threads)
     results = {"machine": describe_machine(), "tiny": measure_tiny()}
     if options.full_size:
+        options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.output) as folder:
             place = Path(folder)
             build = in_fresh_process(build_full, place / "pi0")

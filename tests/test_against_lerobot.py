@@ -16,12 +16,12 @@ from pi0rl.policy.sampling import SamplerConfig, sample
 
 # The one class and method of LeRobot that is used: pi0rl's network behind its signature.
 STAND_IN = """
+import os
 import torch
-from pathlib import Path
-from pi0rl.policy.lerobot import load_lerobot
 from pi0rl.policy.checkpoints import load_policy
 from pi0rl.policy.model import ModelInputs
 from pi0rl.policy.sampling import SamplerConfig, SamplingNoise, sample
+from pi0rl.policy.weights import policy_tensors
 
 class PI0Policy:
     @classmethod
@@ -29,10 +29,15 @@ class PI0Policy:
         self = cls()
         self.model = self
         self.policy = load_policy(folder)
+        if "LOSE_A_WEIGHT" in os.environ:
+            self.policy.model.action_in_proj.bias.data += 1
         return self
 
     def eval(self):
         return self
+
+    def state_dict(self):
+        return {f"model.{name}": weight for name, weight in policy_tensors(self.policy).items()}
 
     def sample_actions(self, images, masks, tokens, token_mask, state, noise=None, num_steps=None):
         assert isinstance(images, list) and isinstance(masks, list)
@@ -61,6 +66,9 @@ def test_lerobot_gets_the_same_weights_and_inputs(tmp_path: Path, monkeypatch: p
     (line,) = against_lerobot.lines(result | {"seconds": [3.0, 5.0]}, own=2.0)
     assert "LeRobot 9.8" in line
     assert "4 s, 2.00 x" in line
+    monkeypatch.setenv("LOSE_A_WEIGHT", "1")
+    with pytest.raises(UserError, match=r"LeRobot did not load model.action_in_proj.bias"):
+        against_lerobot.measure(sys.executable, tmp_path, rounds=1, threads=1)
 
 
 def test_it_says_that_lerobot_is_not_there(tmp_path: Path) -> None:
