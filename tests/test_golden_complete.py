@@ -19,6 +19,7 @@ def unchecked(root: Path) -> list[str]:
 
 def test_every_fixture_is_checked() -> None:
     assert GOLDEN.is_dir(), f"no fixtures at {GOLDEN}; set PI0RL_GOLDEN to the folder that holds them"
+    assert scan(GOLDEN), f"no fixtures in {GOLDEN}"
     assert unchecked(GOLDEN) == []
 
 
@@ -30,7 +31,9 @@ def test_every_kind_has_a_test() -> None:
 
 def test_fixtures_are_found_by_layout_and_strangers_are_noticed(tmp_path: Path) -> None:
     """Other folder names change nothing; a file that no layout knows, or half a case, is reported."""
-    first = next(fixture for fixture in scan(GOLDEN) if fixture.kind == "sampler")
+    first = next((fixture for fixture in scan(GOLDEN) if fixture.kind == "sampler"), None)
+    if first is None:
+        pytest.skip(f"no case of a sampler in {GOLDEN}")
     (tmp_path / "deep/er").mkdir(parents=True)
     for file in first.files:
         shutil.copy(file, tmp_path / "deep/er" / file.name)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import (
+    GOLDEN,
     architecture,
     close,
     fixtures,
@@ -23,11 +24,13 @@ from goldens import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pi0rl.policy.config import PI0, PI05, Pi0Config
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig, pool_prefix
 from pi0rl.policy.export import save_lerobot, save_openpi
 from pi0rl.policy.foreign import canonical
 from pi0rl.policy.model import ModelInputs, time_embedding
 from pi0rl.policy.policy import Policy
+from pi0rl.policy.precision import storage_dtype
 from pi0rl.policy.processing import mean_std, tiny_processing
 from pi0rl.policy.sampling import (
     SamplerConfig,
@@ -36,6 +39,7 @@ from pi0rl.policy.sampling import (
     evaluate_chains,
     sample,
     step_coefficients,
+    time_grid,
 )
 from pi0rl.policy.weights import assign
 
@@ -112,6 +116,22 @@ def test_euler_sampling(folder: Path) -> None:
             noise = SamplingNoise(arrays["noise"], still, torch.zeros(len(expected)))
             config = SamplerConfig("flow_ode", num_steps=steps)
             close(sample(policy, model_inputs(arrays), noise, config, "eval").actions, expected, 2e-4)
+
+
+@pytest.mark.parametrize("folder", NETWORKS)
+def test_euler_sampling_on_openpi_s_times(folder: Path) -> None:
+    """openpi adds its times up in float32; on these very times its actions come out."""
+    model, arrays = network(folder), load_file(folder / "inputs.safetensors")
+    with torch.no_grad():
+        prefix, _ = model.prefix(model_inputs(arrays).without_padding())
+        for name, expected in load_file(folder / "outputs.safetensors").items():
+            if name.startswith("sample_actions/"):
+                step = torch.tensor(-1.0 / int(name.split("=")[1]))
+                x, time = arrays["noise"], torch.tensor(1.0)
+                while time >= -step / 2:
+                    x = x + step * model.velocity(prefix, x, time.expand(len(x)))[0]
+                    time = time + step
+                close(x, expected, 1e-4)
 
 
 def golden_policy(base: Path, case: dict | None, heads: dict[str, Tensor], options: dict) -> Policy:
@@ -197,6 +217,27 @@ def test_rollout(stem: Path) -> None:
         chosen = (arrays["denoise_inds"] == torch.arange(config.num_steps)).any(0)
         std = step_coefficients(config.method, config.num_steps, config.noise_level)[2] * chosen
         close(arrays["step_std"], std[None, :, None, None].expand_as(arrays["step_std"]), 1e-4)
+
+
+@pytest.mark.parametrize("stem", SAMPLERS)
+def test_every_denoising_step(stem: Path) -> None:
+    """Mean, std, value and velocity of each step of the stored chains, in all 32 dimensions of the whole horizon."""
+    _, arrays, policy, inputs, config = load_case(stem)
+    chains, (batch, horizon, width) = arrays["chains"], arrays["actions"].shape
+    with torch.no_grad():
+        prefix = policy.prefix(inputs)
+        for k in range(config.num_steps):
+            drawn = bool((arrays["denoise_inds"] == k).any())
+            one = replace(config, stochastic="all", method=config.method if drawn else "flow_ode")
+            whole, inds = replace(one, action_chunk=horizon, env_action_dim=width), torch.full((batch, 1), k)
+            step = evaluate_chains(policy, prefix, chains, inds, whole)
+            close(step.mean[:, 0], arrays["step_mean"][:, k], 5e-4)
+            close(step.std[:, 0], arrays["step_std"][:, k], 1e-4)
+            if policy.critic_config is not None and policy.critic_config.source == "expert":
+                close(evaluate_chains(policy, prefix, chains, inds, one).values, arrays["step_value"][:, k], 1e-4)
+            if "step_v" in arrays:
+                time = time_grid(config.num_steps)[k].expand(batch)
+                close(policy.model.velocity(prefix, chains[:, k], time)[0], arrays["step_v"][:, k], 5e-4)
 
 
 @pytest.mark.parametrize("stem", SAMPLERS)
@@ -294,6 +335,29 @@ def test_mixed_precision(folder: Path) -> None:
                 expected,
                 5e-2,
             )
+
+
+@pytest.mark.parametrize(("variant", "config"), [("pi0", PI0), ("pi05", PI05)])
+def test_the_full_size_has_the_reference_s_weights(variant: str, config: Pi0Config) -> None:
+    """Names, shapes and dtypes of the published sizes, and which of them RLinf trains."""
+    lists = [GOLDEN.parent / name for name in (f"openpi_{variant}_full_keys.json", f"rlinf_{variant}_extra_keys.json")]
+    if not all(file.is_file() for file in lists):
+        pytest.skip(f"{lists[0]} is not there")
+    openpi, rlinf = (read_json(file) for file in lists)
+    pi05 = config.pi05
+    critic = CriticConfig("prefix", (1024, 512, 256), detach=False) if pi05 else CriticConfig()
+    unused = mean_std(np.zeros((2, 1)))
+    with torch.device("meta"):
+        processing = tiny_processing(config, unused, unused, prompts=("push",))
+        policy = Policy(config, processing, critic, None if pi05 else NoiseHeadConfig())
+    expected = canonical(openpi["keys"]) | rlinf["extra_value_after_vlm" if pi05 else "extra"]
+    own = {}
+    for name, tensor in policy.state_dict().items():
+        dtype = storage_dtype(name, "bf16")
+        own[name.removeprefix("model.")] = [list(tensor.shape), str(dtype).removeprefix("torch.")]
+    assert own == expected
+    trained = set(policy.trainable_parameters(train_expert_only=True))
+    assert trained == set(rlinf["trainable"]) - {"paligemma_with_expert.gemma_expert.lm_head.weight"}
 
 
 @pytest.mark.parametrize("folder", NETWORKS)
