@@ -109,6 +109,14 @@ OPENPI = {
         edited(NORM_STATS, lambda s: s["norm_stats"]["state"].update(mean=["a"] * 8)),
         "not all finite numbers",
     ),
+    "statistics of another form": (
+        edited(NORM_STATS, lambda s: s.update(norm_stats=[1.0])),
+        "norm_stats is list, expected state and actions",
+    ),
+    "list of statistics": (
+        edited(NORM_STATS, lambda s: s["norm_stats"].update(state=[1.0])),
+        r"norm_stats.state.mean is missing, expected a list of at least 8 numbers, got nothing",
+    ),
     "truncated statistics": (bytes_of(NORM_STATS, lambda b: b[:-5]), r"norm_stats.json: not readable as JSON"),
     "truncated tokenizer": (bytes_of("tokenizer.json", lambda b: b[:-9]), "tokenizer.json is not a tokenizer"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer; put PaliGemma's"),
@@ -172,6 +180,22 @@ LEROBOT = {
         edited("config.json", lambda c: c.update(use_visual_memory=True)),
         "use_visual_memory is True, expected",
     ),
+    "words for numbers": (
+        edited("config.json", lambda c: c.update(chunk_size="many")),
+        "chunk_size is 'many', expected a positive whole number",
+    ),
+    "unknown step": (
+        edited("policy_preprocessor.json", lambda p: p["steps"].append({"registry_name": "blur_images"})),
+        "step blur_images is not known, expected those of LeRobot's pi0 and pi05",
+    ),
+    "no steps": (
+        edited("policy_postprocessor.json", lambda p: p.pop("steps")),
+        "key steps is NoneType, expected a list",
+    ),
+    "no method": (
+        edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"].clear()),
+        "norm_map.STATE is None, expected one of MEAN_STD, QUANTILES",
+    ),
     "no normaliser": (edited("policy_preprocessor.json", lambda p: p["steps"].clear()), "no step normalizer_processor"),
     "other method": (
         edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"]["norm_map"].update(STATE="MIN_MAX")),
@@ -216,6 +240,25 @@ def test_the_wrong_variant(openpi: Path) -> None:
         openpi,
         r"state.q01 is missing",
     )
+
+
+def test_sizes_that_cannot_be_told(openpi: Path, tmp_path: Path) -> None:
+    """Without a given architecture it is read off the weights."""
+    patches = "paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings.patch_embedding.weight"
+    for number, (spoil, says) in enumerate(
+        (
+            (weights(lambda t: t.update({patches: torch.zeros(3, 4)})), r"has shape \[3, 4\], expected 4 dimensions"),
+            (weights(lambda t: t.pop(patches)), "patch_embedding.weight is missing, expected it in every pi0"),
+            (weights(lambda t: None), "vision width is 128, expected SigLIP So400m's 1152"),
+            (
+                edited("config.json", lambda c: c.update(action_horizon="50")),
+                "action_horizon is '50', expected a positive",
+            ),
+        )
+    ):
+        shutil.copytree(openpi, tmp_path / str(number))
+        spoil(tmp_path / str(number))
+        refused(load_policy, tmp_path / str(number), says)
 
 
 def test_own_checkpoints_are_verified(tmp_path: Path) -> None:

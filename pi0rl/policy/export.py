@@ -53,6 +53,7 @@ def save_openpi(policy: Policy, directory: Path) -> None:
             "action_expert_variant": "gemma_300m" if config.expert == PI0.expert else "custom",
             "precision": _precision(network),
             "pi05": config.pi05,
+            "discrete_state_input": policy.processing.prompt_style == "text_and_state",
         }
         _write_json(temporary / "config.json", described)
         for place in (NORM_STATS, f"assets/{NORM_STATS}"):  # where RLinf looks, and where openpi does

@@ -48,13 +48,25 @@ def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, source: Path) -> torch.Size:
+def whole_number(file: Path, key: str, value: object) -> int:
+    """``value`` if it is a positive whole number, or a UserError that names ``key`` of ``file``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{file}: {key} is {value!r}, expected a positive whole number; download it again")
+    return value
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, dims: int, source: Path) -> torch.Size:
     if name not in tensors:
         raise UserError(
             f"{source}: weight {name} is missing, expected it in every pi0 and pi0.5, got {len(tensors)} others, the "
             f"first is {min(tensors, default='none')}; is this a whole checkpoint of a pi0?"
         )
-    return tensors[name].shape
+    shape = tensors[name].shape
+    if len(shape) != dims:
+        raise UserError(
+            f"{source}: weight {name} has shape {list(shape)}, expected {dims} dimensions; is it openpi's for PyTorch?"
+        )
+    return shape
 
 
 def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
@@ -64,12 +76,12 @@ def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def _stack(tensors: Mapping[str, Tensor], prefix: str, source: Path) -> TransformerConfig:
     """Sizes of a Gemma stack; one key head, as in every released pi0."""
     first = prefix + "layers.0."
-    head_dim, width = _shape(tensors, first + "self_attn.k_proj.weight", source)
+    head_dim, width = _shape(tensors, first + "self_attn.k_proj.weight", 2, source)
     return TransformerConfig(
         width=width,
         depth=_depth(tensors, prefix + "layers."),
-        mlp_dim=_shape(tensors, first + "mlp.gate_proj.weight", source)[0],
-        num_heads=_shape(tensors, first + "self_attn.q_proj.weight", source)[0] // head_dim,
+        mlp_dim=_shape(tensors, first + "mlp.gate_proj.weight", 2, source)[0],
+        num_heads=_shape(tensors, first + "self_attn.q_proj.weight", 2, source)[0] // head_dim,
         num_kv_heads=1,
         head_dim=head_dim,
     )
@@ -77,8 +89,8 @@ def _stack(tensors: Mapping[str, Tensor], prefix: str, source: Path) -> Transfor
 
 def infer_config(tensors: Mapping[str, Tensor], action_horizon: int | None, source: Path) -> Pi0Config:
     """Architecture from canonical weights; ``action_horizon`` leaves no trace in them (default: pi0 50, pi0.5 10)."""
-    width, _, patch, _ = _shape(tensors, _VISION + "embeddings.patch_embedding.weight", source)
-    patches = _shape(tensors, _VISION + "embeddings.position_embedding.weight", source)[0]
+    width, _, patch, _ = _shape(tensors, _VISION + "embeddings.patch_embedding.weight", 4, source)
+    patches = _shape(tensors, _VISION + "embeddings.position_embedding.weight", 2, source)[0]
     if width % _SIGLIP_HEAD_DIM:
         raise UserError(
             f"{source}: vision width is {width}, expected SigLIP So400m's 1152 (a multiple of 72); other "
@@ -87,21 +99,21 @@ def infer_config(tensors: Mapping[str, Tensor], action_horizon: int | None, sour
     vision = VisionConfig(
         width=width,
         depth=_depth(tensors, _VISION + "encoder.layers."),
-        mlp_dim=_shape(tensors, _VISION + "encoder.layers.0.mlp.fc1.weight", source)[0],
+        mlp_dim=_shape(tensors, _VISION + "encoder.layers.0.mlp.fc1.weight", 2, source)[0],
         num_heads=width // _SIGLIP_HEAD_DIM,
         patch_size=patch,
         image_size=math.isqrt(patches) * patch,
     )
     pi05 = "time_mlp_in.weight" in tensors
-    action_dim = _shape(tensors, "action_in_proj.weight", source)[1]
+    action_dim = _shape(tensors, "action_in_proj.weight", 2, source)[1]
     return Pi0Config(
         vision=vision,
         text=_stack(tensors, _TEXT, source),
         expert=_stack(tensors, _EXPERT + "model.", source),
-        vocab_size=_shape(tensors, EMBEDDING, source)[0],
+        vocab_size=_shape(tensors, EMBEDDING, 2, source)[0],
         max_token_len=200 if pi05 else 48,
         action_dim=action_dim,
-        state_dim=action_dim if pi05 else _shape(tensors, "state_proj.weight", source)[1],
+        state_dim=action_dim if pi05 else _shape(tensors, "state_proj.weight", 2, source)[1],
         action_horizon=action_horizon or (10 if pi05 else 50),
         pi05=pi05,
     )
@@ -114,15 +126,18 @@ def _hidden(tensors: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
     ]
 
 
-def infer_heads(tensors: Mapping[str, Tensor], config: Pi0Config) -> tuple[CriticConfig | None, NoiseHeadConfig | None]:
+def infer_heads(
+    tensors: Mapping[str, Tensor], config: Pi0Config, source: Path
+) -> tuple[CriticConfig | None, NoiseHeadConfig | None]:
     """The heads a checkpoint of RLinf holds; a critic as wide as the VLM reads the prefix and is not detached."""
     critic = noise = None
     if "value_head.mlp.0.weight" in tensors:
-        width = tensors["value_head.mlp.0.weight"].shape[1]
+        width = _shape(tensors, "value_head.mlp.0.weight", 2, source)[1]
         prefix = width == config.text.width and (config.pi05 or width != config.expert.width)
         critic = CriticConfig("prefix" if prefix else "expert", _hidden(tensors, "value_head."), detach=not prefix)
-    if "noise_head.logvar_min" in tensors:
-        low, high = (math.exp(float(tensors[f"noise_head.logvar_{end}"]) / 2) for end in ("min", "max"))
+    if {"noise_head.logvar_min", "noise_head.logvar_max"} <= tensors.keys():
+        # Six digits: float32 logarithms of 0.08 and 0.16 come back as these very numbers.
+        low, high = (float(f"{math.exp(float(tensors[f'noise_head.logvar_{end}']) / 2):.6g}") for end in ("min", "max"))
         noise = NoiseHeadConfig((low, high), _hidden(tensors, "noise_head."))
     return critic, noise
 
@@ -130,19 +145,22 @@ def infer_heads(tensors: Mapping[str, Tensor], config: Pi0Config) -> tuple[Criti
 def read_norm_stats(file: Path, quantiles: bool) -> tuple[Normalisation, Normalisation]:
     """State and action statistics of openpi's ``norm_stats.json``: mean and std, or the percentiles pi0.5 uses."""
     names = ("q01", "q99") if quantiles else ("mean", "std")
-    stats = read_json(file).get("norm_stats") or {}
+    stats = read_json(file).get("norm_stats")
+    if not isinstance(stats, dict):
+        got = "nothing" if stats is None else type(stats).__name__
+        raise UserError(f"{file}: norm_stats is {got}, expected state and actions; take the file of its training run")
     parts = []
     for key, width in (("state", 8), ("actions", ENV_ACTION_DIM)):
-        first, second = checked_statistics(file, f"norm_stats.{key}", stats.get(key) or {}, names, width)
+        first, second = checked_statistics(file, f"norm_stats.{key}", stats.get(key), names, width)
         parts.append(Normalisation("quantile" if quantiles else "mean_std", first, second))
     return parts[0], parts[1]
 
 
 def checked_statistics(
-    file: Path, key: str, stats: Mapping[str, Any], names: tuple[str, str], width: int
+    file: Path, key: str, stats: Any, names: tuple[str, str], width: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The two statistics ``names`` of LIBERO's ``width`` dimensions; a UserError where they are missing or nonsense."""
-    found = []
+    found, stats = [], stats if isinstance(stats, dict) else {}
     for name in names:
         values = stats.get(name)
         if not isinstance(values, list):
@@ -203,9 +221,15 @@ def _find_norm_stats(directories: list[Path]) -> Path:
 
 
 def openpi_processing(
-    config: Pi0Config, tokenizer: Tokenizer, norms: tuple[Normalisation, Normalisation]
+    config: Pi0Config,
+    tokenizer: Tokenizer,
+    norms: tuple[Normalisation, Normalisation],
+    discrete_state_input: bool = False,
 ) -> Processing:
-    """What openpi's and RLinf's ``pi0_libero`` and ``pi05_libero`` configs do; neither spells the state out."""
+    """What openpi's and RLinf's ``pi0_libero`` and ``pi05_libero`` configs do.
+
+    Neither spells the state out; openpi's other configs of pi0.5 do (``discrete_state_input``).
+    """
     return Processing(
         image_size=config.vision.image_size,
         state_dim=config.state_dim,
@@ -214,6 +238,7 @@ def openpi_processing(
         tokenizer=tokenizer,
         state_norm=norms[0],
         action_norm=norms[1],
+        prompt_style="text_and_state" if discrete_state_input else "text",
         delta_actions=not config.pi05,
     )
 
@@ -251,14 +276,18 @@ def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config |
     rlinf = rlinf_weights(directory)
     source = rlinf or directory
     tensors = canonical(read_full_weights(rlinf) if rlinf else read_safetensors(directory))
+    described = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     if config is None:
-        described = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-        config = infer_config(tensors, described.get("action_horizon"), source)
-    critic, noise = infer_heads(tensors, config)
+        horizon = described.get("action_horizon")
+        if horizon is not None:
+            horizon = whole_number(directory / "config.json", "action_horizon", horizon)
+        config = infer_config(tensors, horizon, source)
+    critic, noise = infer_heads(tensors, config, source)
     places = [directory] if assets is None else [assets, directory]
     norms = read_norm_stats(_find_norm_stats(places), quantiles=config.pi05)
     tokenizer = check_vocabulary(find_tokenizer(places), config, directory)
-    processing = openpi_processing(config, tokenizer, norms)
+    discrete_state_input = config.pi05 and bool(described.get("discrete_state_input"))
+    processing = openpi_processing(config, tokenizer, norms, discrete_state_input)
     if critic is not None and critic.reads_padding:
         processing = replace(processing, absent_camera=True)
     with torch.device("meta"):

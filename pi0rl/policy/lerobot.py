@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pi0rl.errors import UserError
 from pi0rl.policy.config import Pi0Config
-from pi0rl.policy.foreign import canonical, check_vocabulary, checked_statistics, find_tokenizer, infer_config
+from pi0rl.policy.foreign import (
+    canonical,
+    check_vocabulary,
+    checked_statistics,
+    find_tokenizer,
+    infer_config,
+    whole_number,
+)
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.processing import ENV_ACTION_DIM, Normalisation, Processing
 from pi0rl.policy.tokenizer import HuggingFaceTokenizer
@@ -25,13 +32,40 @@ _EXPERT = "paligemma_with_expert.gemma_expert.model."
 _STATE, _ACTION = "observation.state", "action"
 # LIBERO's action by name; LeRobot's relative_actions_processor chooses by name which stay absolute.
 _ACTION_NAMES = ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper"]
+# What LeRobot's pipelines of pi0 and pi0.5 are made of; another step would change what the network sees or says.
+_KNOWN_STEPS = (
+    "rename_observations_processor",
+    "to_batch_processor",
+    "pi0_new_line_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "tokenizer_processor",
+    "device_processor",
+    "relative_actions_processor",
+    "absolute_actions_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+)
 _MODEL_SWITCHES = ("use_visual_memory", "use_proprioceptive_memory", "rtc_training_max_delay")
 
 
 def _step(file: Path, name: str) -> dict[str, Any] | None:
-    """The configuration of the pipeline's step of that name, or None."""
-    steps = read_json(file).get("steps", [])
-    return next((step for step in steps if step.get("registry_name") == name), None)
+    """The pipeline's step of that name, with its ``config``, or None; a UserError where some step is unknown."""
+    steps = read_json(file).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise UserError(f"{file}: key steps is {type(steps).__name__}, expected a list of steps; download it again")
+    for step in steps:
+        named = step.get("registry_name", step.get("class"))
+        if named not in _KNOWN_STEPS:
+            raise UserError(
+                f"{file}: step {named} is not known, expected those of LeRobot's pi0 and pi05 "
+                f"({', '.join(_KNOWN_STEPS)}); this policy would not see what it was trained on"
+            )
+    found = next((step for step in steps if step["registry_name"] == name), None)
+    return None if found is None else found | {"config": found.get("config") or {}}
+
+
+def _norm_map(step: Mapping[str, Any]) -> Mapping[str, Any]:
+    return step["config"].get("norm_map") or {}
 
 
 def _normalisation(file: Path, step_name: str, kind: str, feature: str, width: int) -> Normalisation:
@@ -39,7 +73,7 @@ def _normalisation(file: Path, step_name: str, kind: str, feature: str, width: i
     step = _step(file, step_name)
     if step is None or "state_file" not in step:
         raise UserError(f"{file}: no step {step_name} with a state_file; this policy cannot act without its statistics")
-    named = step["config"]["norm_map"].get(kind)
+    named = _norm_map(step).get(kind)
     if named not in _METHODS:
         raise UserError(f"{file}: norm_map.{kind} is {named}, expected one of {', '.join(_METHODS)}")
     method, *keys = _METHODS[named]
@@ -101,7 +135,7 @@ def _check_images(directory: Path, described: Mapping[str, Any]) -> None:
             "the wrist's; this policy was not trained on LIBERO's cameras in that order"
         )
     step = _step(directory / PREPROCESSOR, "normalizer_processor")
-    method = step["config"]["norm_map"].get("VISUAL", "IDENTITY") if step else "IDENTITY"
+    method = _norm_map(step).get("VISUAL", "IDENTITY") if step else "IDENTITY"
     if method != "IDENTITY":
         raise UserError(
             f"{directory / PREPROCESSOR}: norm_map.VISUAL is {method}, expected IDENTITY; such images are not supported"
@@ -139,6 +173,7 @@ def load_lerobot(directory: Path, assets: Path | None = None, config: Pi0Config 
     lacking = [key for key in ("type", "chunk_size", "tokenizer_max_length") if key not in described]
     if lacking:
         raise UserError(f"{file}: key {lacking[0]} is missing, expected LeRobot's policy config; download it again")
+    horizon, length = (whole_number(file, key, described[key]) for key in ("chunk_size", "tokenizer_max_length"))
     switched = [key for key in _MODEL_SWITCHES if described.get(key)]
     if switched:
         raise UserError(
@@ -159,9 +194,8 @@ def load_lerobot(directory: Path, assets: Path | None = None, config: Pi0Config 
             "these files are of two checkpoints, download one again"
         )
     tensors = lerobot_weights(stored, pi05)
-    length = int(described["tokenizer_max_length"])
     if config is None:
-        config = replace(infer_config(tensors, int(described["chunk_size"]), directory), max_token_len=length)
+        config = replace(infer_config(tensors, horizon, directory), max_token_len=length)
     with torch.device("meta"):
         policy = Policy(config, lerobot_processing(directory, config, length, assets))
     assign(policy, tensors, directory)
@@ -218,11 +252,14 @@ def _relative(processing: Processing) -> dict[str, Any]:
 
 
 def _tokenizer(processing: Processing) -> dict[str, Any]:
-    """A tokenizer.json travels with the checkpoint; SentencePiece models LeRobot takes from the hub."""
-    own = isinstance(processing.tokenizer, HuggingFaceTokenizer)
+    """A tokenizer.json travels with the checkpoint; SentencePiece models LeRobot takes from the hub.
+
+    LeRobot up to 0.6.1 knows no ``artifacts`` and reads the name beside them, which hence is PaliGemma's on the hub.
+    """
     config = {"max_length": processing.token_len, "task_key": "task", "padding_side": "right", "padding": "max_length"}
-    name = "tokenizer" if own else "google/paligemma-3b-pt-224"
-    step = {"registry_name": "tokenizer_processor", "config": config | {"truncation": True, "tokenizer_name": name}}
+    config |= {"truncation": True, "tokenizer_name": "google/paligemma-3b-pt-224"}
+    step = {"registry_name": "tokenizer_processor", "config": config}
+    own = isinstance(processing.tokenizer, HuggingFaceTokenizer)
     return step | ({"artifacts": {"tokenizer_name": "tokenizer"}} if own else {})
 
 

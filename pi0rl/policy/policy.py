@@ -116,6 +116,13 @@ def _value_head(config: Pi0Config, critic: CriticConfig | None) -> ValueHead | N
     return ValueHead(config.text.width + (config.state_dim if critic.append_state else 0), critic.hidden)
 
 
+def _reads_alike(own: CriticConfig | None, wanted: CriticConfig | None) -> bool:
+    """Whether a value head of the first form is one of the second."""
+    if own is None or wanted is None:
+        return own == wanted
+    return replace(own, detach=wanted.detach, matches_rollout=wanted.matches_rollout) == wanted
+
+
 def _noise_head(config: Pi0Config, exploration: NoiseHeadConfig | None) -> NoiseHead | None:
     return None if exploration is None else NoiseHead(config.expert.width, config.action_dim, exploration)
 
@@ -154,7 +161,11 @@ def random_policy(config: Pi0Config, processing: Processing, seed: int) -> Polic
 
 
 def with_heads(policy: Policy, critic: CriticConfig | None, exploration: NoiseHeadConfig | None, seed: int) -> Policy:
-    """The same network (shared, not copied) with heads for RL: its own if of this very form, else fresh."""
+    """The same network (shared, not copied) with heads for RL: its own where they read the same features, else fresh.
+
+    How a value head is trained (``detach``) and which steps of a rollout it judges (``matches_rollout``) are not its
+    form: a critic that RLinf trained is kept.
+    """
     processing = replace(policy.processing, absent_camera=critic is not None and critic.reads_padding)
     with torch.device("meta"):
         result = Policy(policy.config, processing, critic, exploration)
@@ -164,6 +175,6 @@ def with_heads(policy: Policy, critic: CriticConfig | None, exploration: NoiseHe
         if value_head is not None:
             value_head.initialise()
     result.model = policy.model
-    result.value_head = policy.value_head if policy.critic_config == critic else value_head
+    result.value_head = policy.value_head if _reads_alike(policy.critic_config, critic) else value_head
     result.noise_head = policy.noise_head if policy.noise_config == exploration else noise_head
     return result.to(policy.device)

@@ -44,7 +44,8 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
-        names = sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
         absent = [name for name in names if not (directory / name).is_file()]
         if absent or not names:
             lost = absent[0] if absent else "a weight_map"
@@ -124,6 +125,7 @@ def policy_tensors(policy: Policy) -> dict[str, Tensor]:
 def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Make ``tensors`` (openpi's names) the policy's weights without copying them, in the dtype they have.
 
+    Only float16 is widened to float32, which holds all of its numbers: masked attention leaves float16's range.
     A UserError names the first missing, unknown, misshapen or non-float weight, and what is the likely cause.
     """
     own = {name.removeprefix("model."): name for name in policy.state_dict()}
@@ -152,7 +154,8 @@ def assign(policy: Policy, tensors: Mapping[str, Tensor], source: Path) -> None:
             f"{source}: {len(unknown)} unknown weights, the first is {unknown[0]} {list(tensors[unknown[0]].shape)}, "
             f"expected none; {advice}"
         )
-    policy.load_state_dict({own[name]: tensor for name, tensor in tensors.items()}, strict=False, assign=True)
+    state = {own[name]: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
+    policy.load_state_dict(state, strict=False, assign=True)
 
 
 def _advice(policy: Policy, tensors: Mapping[str, Tensor]) -> str:

@@ -45,7 +45,9 @@ def run(experiment: Experiment) -> None:
     if not start.is_dir():
         policy = load_policy(sft_policy)
         _require_horizon(params, policy)
-        save_policy(with_heads(policy, critic_config(params), noise_config(params), params.seed), start)
+        begun = with_heads(policy, critic_config(params), noise_config(params), params.seed)
+        _say_which_heads_are_left_out(policy, begun)
+        save_policy(begun, start)
         replace_text(folder / ORIGIN, origin)
     if not finished.is_dir():
         _run_loop(experiment, start).rename(finished)
@@ -82,6 +84,16 @@ def _say_what_validates(params: Params) -> None:
         )
     also = f"{judged} of these {len(plan)} in the final evaluation too" if judged else "none in the final evaluation"
     print(f"train: validated from {states}, {also}", file=sys.stderr)
+
+
+def _say_which_heads_are_left_out(checkpoint: Policy, begun: Policy) -> None:
+    """One line per trained head that the params have no use for."""
+    for name, head, kept in (
+        ("value", checkpoint.value_head, begun.value_head),
+        ("noise", checkpoint.noise_head, begun.noise_head),
+    ):
+        if head is not None and head is not kept:
+            print(f"train: the checkpoint's {name} head is not what the params ask for; left out", file=sys.stderr)
 
 
 def _require_horizon(params: Params, policy: Policy) -> None:
