@@ -94,7 +94,7 @@ def as_markdown(results: list[TaskResult]) -> str:
 def _cell(result: TaskResult | None) -> str:
     if result is None:
         return "| "
-    mean = f"{np.mean(result.steps):.0f}" if result.steps else "-"
+    mean = f"{np.mean(result.steps):.1f}" if result.steps else "-"
     return f"{len(result.steps)}/{result.episodes} | {mean}"
 
 

@@ -107,6 +107,8 @@ def _open_container(world: World, test: Placement, attempt: int) -> Iterator[np.
 def _pick_and_place(world: World, test: Placement, attempt: int) -> Iterator[np.ndarray]:
     body = moved_body(test)
     choice = choose_grasp(world, body, attempt, destination(world, test))
+    if choice is None:
+        return
     rotation, here = skills.turned(choice.yaw), world.grip_point()
     leans = world.grip_rotation()[2, 2] > -0.95
     if leans or (np.isfinite(choice.ceiling) and here[2] < choice.clear_height - 0.1):

@@ -35,14 +35,17 @@ class Part:
     shallow: bool
 
 
-def choose_grasp(world: World, body: int, attempt: int, to: Destination) -> Grasp:
-    """A grasp of an object that is to go somewhere; later attempts take other grasps.
+def choose_grasp(world: World, body: int, attempt: int, to: Destination) -> Grasp | None:
+    """A grasp of an object that is to go somewhere; later attempts take other grasps. None if it is too big to grip.
 
     The whole object between the fingers where it fits, else one of its parts.
     """
     least = float(world.points(body)[:, 2].max()) + 0.02
     whole = _whole_grasp(world, body, attempt)
-    grip, yaw = whole or _part_grasp(world, body, attempt, to)
+    found = whole or _part_grasp(world, body, attempt, to)
+    if found is None:
+        return None
+    grip, yaw = found
     clear = _clear_height(world, body, grip, least)
     if whole is not None and clear == least:
         return Grasp(grip - world.position(body), yaw, clear)
@@ -61,7 +64,7 @@ def _whole_grasp(world: World, body: int, attempt: int) -> tuple[np.ndarray, flo
     return np.array([*(low + high)[:2] / 2, height]), float(fitting[attempt % len(fitting)])
 
 
-def _part_grasp(world: World, body: int, attempt: int, to: Destination) -> tuple[np.ndarray, float]:
+def _part_grasp(world: World, body: int, attempt: int, to: Destination) -> tuple[np.ndarray, float] | None:
     """The part with the most room for the gripper where the object is and where it goes, at little turning."""
     points, own = world.points(body), world.geoms(body)
     shift = np.array([*(to.centre - world.position(body)[:2]), to.floor - points[:, 2].min()])
@@ -70,6 +73,8 @@ def _part_grasp(world: World, body: int, attempt: int, to: Destination) -> tuple
         return YAW_COST * abs(part.yaw) + LEVER_COST * part.lever + (SHALLOW_COST if part.shallow else 0.0)
 
     found = sorted(parts(world, body), key=cost)
+    if not found:
+        return None
     wanted = attempt % min(len(found), DIFFERENT_GRASPS)
     rated: list[tuple[float, Part]] = []
     for part in found:

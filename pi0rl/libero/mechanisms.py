@@ -15,6 +15,7 @@ from pi0rl.libero.world import World
 
 TILTS = (1.2, 1.0, 1.4, 0.8, 0.6, 0.4)  # rad by which the gripper leans when it reaches for a drawer's handle
 UP = np.array([0.0, 0.0, 1.0])
+ENOUGH_ROOM = 0.004  # m of distance to everything beyond which more does not make a lean better
 LEAD, TURN_LEAD = 0.05, 0.5  # how far ahead of a moving handle (m) or knob (rad) the gripper is sent
 
 
@@ -96,9 +97,9 @@ def _handle_rotation(world: World, body: int, grip: np.ndarray, out: np.ndarray,
     """The gripper leaning so that it reaches for a horizontal bar, its fingers above and below; the lean with room."""
     rotations = [leaning(out, tilt) for tilt in TILTS]
     rotations = [skills.turned_least(world, rotation) for rotation in rotations]
-    own = [geom for geom in world.geoms(body)]
-    room = [min(0.004, world.clearance(grip, rotation, ignore=own)) for rotation in rotations]
-    order = sorted(range(len(TILTS)), key=lambda index: (-room[index], index))
+    own = world.geoms(body)
+    room = [min(ENOUGH_ROOM, world.clearance(grip, rotation, ignore=own)) for rotation in rotations]
+    order = sorted(range(len(TILTS)), key=lambda index: -room[index])
     return rotations[order[attempt % len(order)]]
 
 
@@ -117,8 +118,10 @@ def turn(world: World, joint: int, test: JointTest, attempt: int) -> Iterator[np
     sign = float(np.sign(axis[2])) * (1.0 if test.above else -1.0)  # of the turn seen from above
     options = sorted(
         ((world.clearance(part.grip, skills.turned(part.yaw)), part) for part in parts(world, body)),
-        key=lambda entry: -min(entry[0], 0.008) + 0.002 * abs(entry[1].yaw + sign * 0.5),
+        key=lambda entry: -min(entry[0], 0.008) + 0.002 * abs(entry[1].yaw + sign * 0.5),  # wound up against the turn
     )
+    if not options:
+        return
     part = options[attempt % min(len(options), 4)][1]
     top = float(world.points(body)[:, 2].max())
     yield from skills.travel(world, np.array([*part.grip[:2], top + 0.04]), skills.turned(part.yaw), OPEN)
