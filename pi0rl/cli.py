@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("sweep", help="a name in params/sweeps/ (quickstart)")
     sweep.add_argument("--list", action="store_true", help="only list the points")
     _add_overrides(sweep)
+    description = "checkpoints that `pi0rl evaluate --checkpoint` examined, side by side and paired by episode"
+    compare = commands.add_parser("compare", help=description, description=description.capitalize() + ".")
+    compare.add_argument("base", type=Path, help="the folder of the evaluation that the others are compared with")
+    compare.add_argument("others", type=Path, nargs="+", help="folders of other evaluations")
     _restore_parser(commands)
     description = "run an MLflow run's experiment again and compare it to the bit"
     command = commands.add_parser("reproduce", help=description, description=description.capitalize() + ".")
@@ -176,6 +180,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             workers=options.workers or standalone.default_workers(),
         )
     )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from pi0rl.stages import compare
+
+    compare.run([options.base, *options.others])
 
 
 def _restore_parser(commands: argparse._SubParsersAction) -> None:
@@ -336,6 +346,7 @@ def _doctor(options: argparse.Namespace) -> int:
 _COMMANDS = {
     **dict.fromkeys(STAGES, _stage),
     "evaluate": _evaluate,
+    "compare": _compare,
     "run": _run,
     "sweep": _sweep,
     "restore": _restore,

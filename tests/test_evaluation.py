@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from pi0rl.errors import UserError, WorkerFailed
 from pi0rl.evaluation.completeness import EPISODE_COLUMNS, require_complete
 from pi0rl.evaluation.evaluator import ATTEMPTS, Exam, Play, Recording, examine, experiment_exam
 from pi0rl.evaluation.journal import Journal
-from pi0rl.evaluation.protocols import DEFAULT, LEROBOT, OPENPI, PROTOCOLS, RLINF, protocol_named
-from pi0rl.evaluation.table import episode_table
+from pi0rl.evaluation.protocols import DEFAULT, LEROBOT, OPENPI, PROTOCOLS, RLINF, Protocol, protocol_named
+from pi0rl.evaluation.statistics import episodes_to_separate, mcnemar
+from pi0rl.evaluation.table import episode_row, episode_table, write_episode_table
 from pi0rl.libero.failures import failure_kind
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.simulation import Simulation
@@ -223,6 +225,60 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert main(["evaluate", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def _evaluated(folder: Path, rate: float, protocol: Protocol = SMALL) -> Path:
+    """The folder of an evaluation with made-up outcomes: 40 episodes of four tasks."""
+    exam = Exam(replace(protocol, episodes_per_task=4), ("libero_object",), ("official",), (0,))
+    solved = np.random.default_rng(int(100 * rate)).random(40) < rate
+    rows = [
+        episode_row(
+            "policy",
+            exam.protocol.hash,
+            0,
+            row,
+            EpisodeResult(row.index, bool(solved[row.index]), 8, "", failure="" if solved[row.index] else "timeout"),
+            "",
+        )
+        for row in exam.plan("official")
+    ]
+    folder.mkdir()
+    write_episode_table(episode_table(rows, ["policy"]), folder / "episodes.parquet")
+    described = {"protocol": asdict(exam.protocol) | {"hash": exam.protocol.hash}}
+    described |= {"suites": exam.suites, "splits": exam.splits, "seeds": exam.seeds}
+    (folder / "evaluation.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_evaluations_of_one_protocol_are_compared_episode_by_episode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak, strong = _evaluated(tmp_path / "weak", 0.3), _evaluated(tmp_path / "strong", 0.9)
+    assert main(["compare", str(weak), str(strong)]) == 0
+    text = capsys.readouterr().out
+    one, other = (pd.read_parquet(folder / "episodes.parquet") for folder in (weak, strong))
+    test = mcnemar(one["success_once"].to_numpy(bool), other["success_once"].to_numpy(bool))
+    assert test.n == 40
+    needed = episodes_to_separate(test.gained / 40, test.lost / 40)
+    line = f"| strong | official init states | Object | {100 * (test.gained - test.lost) / 40:+.1f} "
+    assert f"{line}| {test.gained} | {test.lost} | {test.p:.2g} | {test.p:.2g} | {needed} |" in text
+    assert text.index("| weak | official") < text.index("| strong | official")  # the one given first is the base
+    other_exam = _evaluated(tmp_path / "other", 0.9, replace(SMALL, settle_steps=3))
+    assert main(["compare", str(weak), str(other_exam)]) == 2
+    assert main(["compare", str(weak), str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "different exams share no table" in first
+    assert "no evaluation.json, expected a folder that `pi0rl evaluate --checkpoint ...` has written" in second
+
+
+def test_a_task_without_any_outcome_supports_no_conclusion(tmp_path: Path) -> None:
+    table = pd.read_parquet(_evaluated(tmp_path / "a", 0.5) / "episodes.parquet")
+    many = pd.concat([table.assign(seed=seed) for seed in range(10)])
+    many.loc[(many["seed"] == 3) & (many["task_id"] == 7), "error"] = "the simulation diverged"
+    with pytest.raises(
+        UserError, match=r"all episodes of 'policy' on libero_object task 7 .* seed 3\) ended in an error"
+    ):
+        require_complete(many, {("official", seed): 40 for seed in range(10)})
 
 
 def test_changing_the_name_alone_keeps_the_hash() -> None:

@@ -55,6 +55,7 @@ def require_complete(
     if len(protocols) > 1:
         raise UserError(f"{source}: protocols {', '.join(protocols)} in one table, expected one; evaluate them apart")
     _require_few_errors(episodes, source)
+    _require_outcomes(episodes, source)
     for policy, of_policy in episodes.groupby("policy", sort=True):
         passes: dict[tuple[str, int], list[int]] = {key: [] for key in planned}
         for split, seed, index in of_policy[["split", "seed", "index"]].itertuples(index=False):
@@ -76,6 +77,21 @@ def _require_few_errors(episodes: pd.DataFrame, source: str) -> None:
                 f"{source}: {len(failed)} of {len(rows)} episodes of {policy!r} ended in an error, expected at most "
                 f"{MAX_ERROR_SHARE:.0%} (first: {first['suite']} task {first['task_id']}, index {first['index']}: "
                 f"{one_line(first['error'])}); run `pi0rl evaluate` again, it repeats them"
+            )
+
+
+def _require_outcomes(episodes: pd.DataFrame, source: str) -> None:
+    """No task may be judged by none of its episodes."""
+    judged: dict[tuple[str, str, int, str, int], bool] = {}
+    columns = ["policy", "split", "seed", "suite", "task_id", "error"]
+    for policy, split, seed, suite, task_id, error in episodes[columns].itertuples(index=False):
+        task = (policy, split, seed, suite, task_id)
+        judged[task] = judged.get(task, False) or not error
+    for (policy, split, seed, suite, task_id), any_outcome in judged.items():
+        if not any_outcome:
+            raise UserError(
+                f"{source}: all episodes of {policy!r} on {suite} task {task_id} (split {split!r}, seed {seed}) ended "
+                "in an error, expected an outcome of at least one; run `pi0rl evaluate` again, it repeats them"
             )
 
 

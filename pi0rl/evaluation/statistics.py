@@ -88,14 +88,6 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for the false discovery rate, float64 [n] (Benjamini and Hochberg 1995).
-
-    Of those below alpha, at most the share alpha is expected to be false; for sweeps, where Holm's bound is too strict.
-    """
-    return stats.false_discovery_control(np.asarray(p_values, dtype=np.float64), method="bh")
-
-
 def bootstrap_mean(
     counts: Mapping[str, np.ndarray], seed: int, resamples: int = 10_000, confidence: float = 0.95
 ) -> tuple[float, float]:

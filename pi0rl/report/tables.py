@@ -90,6 +90,11 @@ class Comparison:
     def regression(self) -> bool:
         return self.change < 0
 
+    @property
+    def verdict(self) -> str:
+        """What the corrected p-value says, at the usual 5 %."""
+        return "unlikely to be chance" if self.holm_p < 0.05 else "may be chance"
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -171,9 +176,13 @@ class Summary:
         return tuple(c for c in self.comparisons if c.regression and c.suite != ALL_SUITES)
 
 
-def summarise(episodes: pd.DataFrame) -> Summary:
-    """All numbers of a complete episode table (see `require_complete`)."""
-    policies = ordered_policies(episodes)
+def summarise(episodes: pd.DataFrame, policies: tuple[str, ...] | None = None) -> Summary:
+    """All numbers of a complete episode table (see `require_complete`).
+
+    Args:
+        policies: those of the table, the one first that the others are compared with; by default the known ones first.
+    """
+    policies = policies or ordered_policies(episodes)
     splits = _ordered(episodes["split"].unique().tolist(), SPLIT_LABELS)
     suites = _ordered(episodes["suite"].unique().tolist(), SUITE_LABELS)
     tasks = tuple(task for split in splits for suite in suites for task in _tasks(episodes, policies, split, suite))
@@ -309,8 +318,33 @@ def result_lines(summary: Summary, protocol: Protocol) -> list[str]:
     lines += ["", f"Protocol {protocol.name} ({protocol.hash}). Suites: successes, 95 % Wilson interval; mean: 95 %"]
     lines[-1] += " hierarchical bootstrap over tasks, seeds and episodes."
     if summary.errors:
-        lines.append(f"{summary.errors} episodes ended in an error and are counted in no rate.")
+        lines.append(f"{counted(summary.errors, 'episode')} ended in an error, counted in no rate.")
     return lines
+
+
+def comparison_lines(summary: Summary) -> list[str]:
+    """Every policy against the first one on the same episodes, as a Markdown table; nothing for a single policy."""
+    if not summary.trained:
+        return []
+    base = POLICY_LABELS.get(summary.policies[0], summary.policies[0])
+    lines = [
+        f"| Against {base} | Init states | Suite | Points | Gained | Lost | McNemar p | Holm | Episodes needed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in summary.comparisons:
+        points = f"{100 * c.change:+.1f}" + (" (worse)" if c.regression else "")
+        needed = f"{c.episodes_needed:,}" if c.episodes_needed else "–"
+        cells = [POLICY_LABELS.get(c.after, c.after), SPLIT_LABELS[c.split], suite_label(c.suite), points]
+        cells += [str(c.gained), str(c.lost), f"{c.mcnemar_p:.2g}", f"{c.holm_p:.2g}", needed]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Holm: the p-value adjusted for all single suites. Episodes needed: paired episodes that show such a"]
+    lines[-1] += " difference with 80 % power."
+    return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """1, 'error' -> '1 error'; 1200 -> '1,200 errors'."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def suite_label(suite: str) -> str:
