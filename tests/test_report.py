@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pi0rl.errors import UserError
 from pi0rl.params import load_params
 from pi0rl.provenance import Commit, commit
 from pi0rl.report.changes import params_changes
+from pi0rl.report.costs import throughput
 from pi0rl.report.inputs import read_run
 from pi0rl.report.page import write_report
 from pi0rl.report.plots import inline, learning_charts
@@ -170,6 +172,7 @@ def test_the_page_stands_alone_and_has_no_name_twice(report: Path) -> None:
     assert page.count("<video ") == 2 * pairs + failures
     assert min(pairs, failures) > 0
     assert all("aria-label=" in tag for tag in re.findall(r"<(?:video|svg) [^>]*>", page))
+    assert page.count(' poster="data:image/jpeg;base64,/9j/') == page.count("<video ")  # how it ended, before it plays
     assert "&amp; place it" in page
 
 
@@ -245,6 +248,29 @@ def test_errors_are_counted_apart_and_late_losses_shown(run: Path) -> None:
     assert summarise(episodes).errors == 1
     rows = summarise(episodes).rows
     assert sum(row.k - row.k_at_end for row in rows) == lost.sum()
+
+
+def test_a_regression_is_marked_with_what_its_test_says(run: Path, report: Path) -> None:
+    (worse,) = summarise(pd.read_parquet(run / "evaluate" / "episodes.parquet")).regressions
+    assert worse.verdict == ("unlikely to be chance" if worse.holm_p < 0.05 else "may be chance")
+    page = (report / "index.html").read_text()
+    assert f"PPO is {-100 * worse.change:.1f} points worse on Spatial (held-out init states)." in page
+    assert f"{worse.gained} gained, {worse.lost} lost" in page
+    assert f"{worse.lost} lost, p = " in (report / "report.md").read_text()
+
+
+def test_energy_takes_the_power_that_the_gpus_drew(run: Path, tmp_path: Path) -> None:
+    with_gpus = tmp_path / "run"
+    shutil.copytree(run, with_gpus)
+    timing = pd.read_csv(run / "train" / "timing.csv")
+    for gpu, watts in enumerate((300.0, 500.0)):
+        timing[f"system/gpu_{gpu}_utilization_percentage"] = 90.0
+        timing[f"system/gpu_{gpu}_power_usage_watts"] = watts
+    timing.to_csv(with_gpus / "train" / "timing.csv", index=False)
+    (energy,) = [cost for cost in throughput(read_run(with_gpus)) if cost.name.startswith("Energy")]
+    assert energy.name == "Energy, roughly (10 W per core, 400 W per GPU as measured in training)"
+    cores = os.cpu_count() or 1
+    assert energy.value == f"{400 / 3600 * (10 * cores + 800) / 1000:,.2g} kWh"
 
 
 def test_params_are_compared_with_the_nearest_file(tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ def results(policy: str, suite: str, before: Sequence[int], after: Sequence[int]
     return {
         "protocol": protocol,
         "rows": [
-            {"policy": name, "split": "held_out", "suite": suite, "k": k[name], "n": n, "wilson": [0.3, 0.6]}
+            {
+                "policy": name,
+                "split": "held_out",
+                "suite": suite,
+                "k": k[name],
+                "n": n,
+                "errors": 1,
+                "wilson": [0.3, 0.6],
+            }
             for name in k
         ],
         "comparisons": [
@@ -108,13 +116,17 @@ def test_the_page_of_a_sweep_holds_every_point(tmp_path: Path) -> None:
     table = pd.read_csv(target / "comparison.csv")
     assert table["after"].tolist() == [0.8, 0.4]
     assert table["p_holm"].tolist() == [0.04, 0.04]
+    assert table["errors"].tolist() == [2, 2]
     page = (target / "index.html").read_text()
     assert "80.0 %" in page
     assert page.count("<svg") == 2
     assert "#ffffff" not in page.partition("<svg")[2]  # no white paper in a dark page
-    assert page.count("▼ −10.0 worse") == 1
+    assert page.count('<span aria-label="worse">▼</span> −10.0') == 1
     text = (target / "report.md").read_text()
-    assert "| point0 | 0.0001 | 0 | Object | 50.0 % | 80.0 % [30.0 %, 60.0 %] | +30.0 | 9 | 4 | 0.020 | 0.040 |" in text
+    assert (
+        "| point0 | 0.0001 | 0 | Object | 50.0 % | 80.0 % [30.0 %, 60.0 %] | +30.0 | 9 | 4 | 2 | 0.020 | 0.040 |"
+        in text
+    )
     for name in ("effects.svg", "points.svg"):
         assert (target / name).is_file()
         assert f"]({name})" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import pandas as pd
 
@@ -34,8 +35,12 @@ def effort(run: Run) -> tuple[Cost, ...]:
     return tuple(costs)
 
 
-def throughput(run: Run, gpus: int) -> tuple[Cost, ...]:
-    """Rates over whole stages, start-up included, and the energy they may have taken on this machine."""
+def throughput(run: Run) -> tuple[Cost, ...]:
+    """Rates over whole stages, start-up included, and the energy they may have taken.
+
+    The cores are this machine's. The GPUs are those that training saw, at the power they drew then on average, or at
+    WATTS_PER_GPU where the driver did not tell.
+    """
     seconds = {stage.stage: stage.seconds for stage in run.stages}
     costs = []
     if "env/steps" in run.metrics and seconds.get("train"):
@@ -46,12 +51,21 @@ def throughput(run: Run, gpus: int) -> tuple[Cost, ...]:
     if seconds:
         cores = os.cpu_count() or 1
         hours = sum(seconds.values()) / 3600
-        watts = cores * WATTS_PER_CORE + gpus * WATTS_PER_GPU
-        machine = f"{cores} cores" + (f" and {gpus} GPUs" if gpus else "")
+        gpus = len(_gpu_columns(run.timing, "utilization_percentage"))
+        machine = f"{cores} cores" + (f" and {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")
         costs.append(Cost("Machine hours", f"{hours:,.2f} on {machine}"))
-        assumption = f"{WATTS_PER_CORE:.0f} W per core" + (f", {WATTS_PER_GPU:.0f} W per GPU" if gpus else "")
+        drawn = _gpu_columns(run.timing, "power_usage_watts")
+        assumption, watts = f"{WATTS_PER_CORE:.0f} W per core", cores * WATTS_PER_CORE
+        if gpus:
+            per_gpu = float(run.timing[drawn].to_numpy().mean()) if drawn else WATTS_PER_GPU
+            assumption += f", {per_gpu:.0f} W per GPU" + (" as measured in training" if drawn else "")
+            watts += gpus * per_gpu
         costs.append(Cost(f"Energy, roughly ({assumption})", f"{hours * watts / 1000:,.2g} kWh"))
     return tuple(costs)
+
+
+def _gpu_columns(timing: pd.DataFrame, what: str) -> list[str]:
+    return [str(column) for column in timing if fnmatchcase(str(column), f"system/gpu_*_{what}")]
 
 
 def training_time(timing: pd.DataFrame) -> tuple[Cost, ...]:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from pi0rl import provenance
 from pi0rl.errors import UserError
 from pi0rl.evaluation.evaluator import FAILURES_PER_KIND
@@ -114,7 +112,7 @@ def _write_files(
         "failures": failures,
         "failure_kinds": FAILURE_KINDS,
         "effort": effort(run),
-        "throughput": throughput(run, torch.cuda.device_count()),
+        "throughput": throughput(run),
         "stages": run.stages,
         "training_time": training_time(run.timing),
         "alarms": run.alarms,

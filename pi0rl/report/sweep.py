@@ -110,6 +110,7 @@ def comparison(results: Sequence[tuple[Finished, Mapping[str, Any]]]) -> pd.Data
                     "gained": test["gained"],
                     "lost": test["lost"],
                     "episodes": test["n"],
+                    "errors": before["errors"] + after["errors"],
                     "p": test["mcnemar_p"],
                 }
             )

@@ -13,6 +13,9 @@ from matplotlib.ticker import PercentFormatter
 
 from pi0rl.report.plots import GRID, INK, MUTED, ON_WHITE, TRAINED, Chart, to_svg
 
+# Lines through one value run side by side, the better the higher, within this share of the axis.
+_SPREAD = 0.05
+
 
 def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
     """Success after training at every level of every axis: each point as a dot, the mean over the others as a line."""
@@ -20,7 +23,7 @@ def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
     if not axes:
         return None
     with mpl.rc_context(ON_WHITE):
-        figure = Figure(figsize=(max(7.6, 2.6 * len(axes)), 2.8), layout="constrained")
+        figure = Figure(figsize=(max(9.6, 2.6 * len(axes)), 3.0), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(axes), sharey=True))
         words = []
         for panel, axis in zip(panels, axes, strict=True):
@@ -43,21 +46,22 @@ def parallel_coordinates(table: pd.DataFrame, axes: list[str]) -> Chart | None:
     if len(axes) < 2:
         return None
     with mpl.rc_context(ON_WHITE):
-        figure = Figure(figsize=(7.6, 3.0), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
         panel = figure.subplots()
-        heights = [_heights(table[axis].tolist()) for axis in axes]
+        places = [_heights(table[axis].tolist()) for axis in axes]
         success = table["after"].to_numpy(float)
-        strength = _heights(success.tolist())
+        strength = _heights(np.argsort(np.argsort(success, kind="stable")).tolist())
+        heights = [place + _SPREAD * (strength - 0.5) for place in places]
         panel.vlines(range(len(axes) + 1), 0, 1, color=GRID)
         for line, strong in zip(np.column_stack([*heights, success]), strength, strict=True):
-            panel.plot(range(len(line)), line, color=TRAINED, alpha=0.2 + 0.8 * float(strong), linewidth=1.6)
+            panel.plot(range(len(line)), line, color=TRAINED, alpha=0.12 + 0.88 * float(strong) ** 2, linewidth=1.5)
         for column, axis in enumerate(axes):
-            for value, height in dict(zip(table[axis].astype(str), heights[column], strict=True)).items():
+            for value, height in dict(zip(table[axis].astype(str), places[column], strict=True)).items():
                 _label(panel, value, column, float(height))
         for rate in (0.0, 1.0):
             _label(panel, f"{rate:.0%}", len(axes), rate)
         panel.set_xticks(range(len(axes) + 1), [*axes, "success"])
-        panel.set(ylim=(-0.15, 1.15), yticks=[])
+        panel.set(ylim=(-0.18, 1.18), yticks=[])
         panel.spines[["left", "bottom"]].set_visible(False)
         panel.tick_params(length=0)
         return Chart(to_svg(figure, "parallel"), "Every point as a line through its values to its success.")
@@ -73,7 +77,7 @@ def _label(panel: Axes, text: str, column: int, height: float) -> None:
         color=INK,
         ha="center",
         va="bottom" if above else "top",
-        xytext=(0, 4 if above else -4),
+        xytext=(0, 8 if above else -8),
         textcoords="offset points",
     )
 

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi0rl.report import plots
 from pi0rl.report.costs import duration
-from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, suite_label
+from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, counted, suite_label
+from pi0rl.report.videos import last_picture
 
 
 @cache
@@ -35,13 +36,20 @@ def environment() -> Environment:
         "split": lambda name: SPLIT_LABELS.get(name, name),
         "plain": lambda value: "–" if value is None else json.dumps(value).strip('"'),
         "inline": plots.inline,
+        "counted": counted,
         "data_uri": _data_uri,
+        "poster": _poster,
     }
     return made
 
 
 def _data_uri(video: Path) -> str:
     return f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
+
+
+def _poster(video: Path) -> str:
+    """How the episode ended, to be seen before the video is played."""
+    return f"data:image/jpeg;base64,{base64.b64encode(last_picture(video)).decode()}"
 
 
 def percent(rate: float) -> str:

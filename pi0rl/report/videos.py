@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio_ffmpeg
 import pandas as pd
 
 from pi0rl.errors import UserError
@@ -105,6 +107,20 @@ def choose_failures(
                 return chosen
             chosen[str(kind)] = (*chosen.get(str(kind), ()), failure)
     return chosen
+
+
+def last_picture(video: Path) -> bytes:
+    """The last frame of an mp4 file, as JPEG.
+
+    Raises:
+        UserError: the file holds no video.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(video), "-vf", "reverse"]
+    command += ["-frames:v", "1", "-q:v", "4", "-f", "mjpeg", "-"]
+    finished = subprocess.run(command, capture_output=True)
+    if finished.returncode or not finished.stdout:
+        raise UserError(f"{video}: no video can be read from it, expected an mp4 file; run `pi0rl evaluate` again")
+    return finished.stdout
 
 
 def _failure(rows: pd.DataFrame, folder: Path) -> Failure:
