@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,9 @@ def test_optional_backends_log_offline_or_say_what_to_install(name: str, experim
     _train(logged, 0, 2)
     _train(logged, 1, 4)
     (run,) = [path for path in (logged.run_dir / name).rglob("*") if path.suffix in (".wandb", ".swanlab")]
+    deadline = time.monotonic() + 30
+    while run.stat().st_size <= 1000 and time.monotonic() < deadline:  # W&B's own process writes a moment later
+        time.sleep(0.1)
     assert run.stat().st_size > 1000
 
 
