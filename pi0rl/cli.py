@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("reproduce", help=description, description=description.capitalize() + ".")
     command.add_argument("run", help="id or name of the MLflow run")
     _checkpoint_parser(commands)
+    _dataset_parser(commands)
     plan = commands.add_parser("plan", help="the memory a training will take per device, and what would make it fit")
     plan.add_argument("experiment", help="a name in params/ (libero_10_ppo_openpi) or a params file")
     _add_overrides(plan)
@@ -222,6 +223,30 @@ def _checkpoint(options: argparse.Namespace) -> None:
         lines = convert(options.source, options.target, options.to, options.verify, options.assets)
     for line in lines:
         print(line, flush=True)
+
+
+def _dataset_parser(commands: argparse._SubParsersAction) -> None:
+    description = "look at a set of demonstrations (pi0rl's, LeRobot's, LIBERO's HDF5), or write it as a LeRobotDataset"
+    actions = commands.add_parser("dataset", help=description).add_subparsers(dest="action", required=True)
+    inspect = actions.add_parser("inspect", help="format, tasks, episodes, steps, image size")
+    inspect.add_argument("source", help="a folder, or a LeRobotDataset's hub id org/name@revision")
+    inspect.add_argument("--fps", type=int, default=20, help="what a LeRobotDataset has to say of itself (default: 20)")
+    export = actions.add_parser("export", help="write demonstrations as a LeRobotDataset v3")
+    export.add_argument("source", type=Path, help="what the stage demos has left, e.g. runs/quickstart/demos")
+    export.add_argument("target", type=Path, help="a new folder")
+
+
+def _dataset(options: argparse.Namespace) -> None:
+    if options.action == "export":
+        from pi0rl.sft.lerobot_export import export
+
+        export(options.source, options.target)
+        print(f"written to {options.target}; to share it: hf upload --repo-type dataset ORG/NAME {options.target}")
+        return
+    from pi0rl.sft.importing import inspect
+
+    for line in inspect(options.source, options.fps):
+        print(line)
 
 
 def _opened(options: argparse.Namespace) -> Experiment:
@@ -355,6 +380,7 @@ _COMMANDS = {
     "plan": _plan,
     "doctor": _doctor,
     "checkpoint": _checkpoint,
+    "dataset": _dataset,
 }
 
 if __name__ == "__main__":

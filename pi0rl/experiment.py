@@ -187,6 +187,10 @@ def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
     stages = _read_yaml(root / "dvc.yaml")["stages"]
     if frozen:
         del stages["resolve"]  # there the params file is what a person gave, not something made from params/
+    dataset = params.demos.dataset
+    for stage, source in (("demos", dataset and dataset.source), ("sft", params.sft.checkpoint)):
+        if source is not None and Path(source).exists():
+            stages[stage] = {**stages[stage], "deps": [*stages[stage]["deps"], source]}
     return stages if params.fetch is None else _fetching(stages, params.fetch.checkpoint)
 
 

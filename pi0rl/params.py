@@ -39,13 +39,30 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class DemosParams(Section):
-    """The scripted expert's demonstrations; kept apart from the experiment's seed, so that seeds share one data set."""
+class DatasetParams(Section):
+    """Demonstrations that exist already: a LeRobotDataset, or a folder of LIBERO's HDF5 files.
 
+    ``source`` is a folder, or a LeRobotDataset's hub id ``org/name@revision``; ``fps`` is what it has to say of itself.
+    """
+
+    source: str
+    fps: Positive = 20
+
+
+class DemosParams(Section):
+    """The scripted expert's demonstrations; kept apart from the experiment's seed, so that seeds share one data set.
+
+    ``action_noise`` disturbs what is executed, not what is learned, so that the data show how to come back;
+    ``image_stride`` is the number of control steps between images. With ``dataset`` nothing is played: the first
+    ``episodes_per_task`` episodes of every task are taken from there.
+    """
+
+    dataset: DatasetParams | None = None
     episodes_per_task: Positive = 10
     init_state_ids: tuple[NonNegative, NonNegative] = (0, 50)
     seed: NonNegative = 0
     action_noise: Rate = 0.0
+    image_stride: Positive = 1
     workers: Positive = 2
 
 
@@ -67,8 +84,20 @@ class SftParams(Section):
 
     With ``target_success`` the success on official init states is measured every ``val_check_interval`` steps from
     ``val_check_start`` on, and imitation ends as soon as it is reached: a mediocre start for RL, whatever the seed.
+    With ``val_demos_per_task`` the last demonstrations of every task are not learned from, and the loss on them is
+    measured just as often; ``demos_per_task`` takes the first few of every task alone.
+
+    ``checkpoint`` (as ``fetch.checkpoint``) is what training starts from, with the statistics of these demonstrations;
+    left out, a tiny policy is trained from scratch. ``train_expert_only`` and ``lora_rank`` (of adapters on the VLM)
+    choose what of it is trained. ``gradient_accumulation`` parts a batch; ``ema_decay`` keeps a moving average of the
+    weights, which is what is measured and saved (openpi: 0.99); ``mixed_precision`` computes in bfloat16.
+    ``augmentation: openpi`` crops, turns and recolours the images; ``image_shift`` moves them by some pixels.
+    A run that was stopped goes on from where it was a multiple of ``save_interval`` steps.
     """
 
+    checkpoint: str | None = None
+    demos_per_task: Positive | None = None
+    val_demos_per_task: NonNegative = 0
     steps: Positive = 1000
     batch_size: Positive = 32
     lr: Rate = 1e-3
@@ -76,8 +105,16 @@ class SftParams(Section):
     warmup_steps: NonNegative = 50
     weight_decay: Rate = 1e-4
     clip_grad: Rate = 1.0
+    gradient_accumulation: Positive = 1
+    ema_decay: Fraction | None = None
+    mixed_precision: bool = False
+    train_expert_only: bool = False
+    lora_rank: Positive | None = None
+    augmentation: Literal["none", "openpi"] = "none"
     image_shift: NonNegative = 0
+    device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Positive = 2
+    save_interval: Positive | None = None
     target_success: Fraction | None = None
     val_check_start: Positive = 600
     val_check_interval: Positive = 100
@@ -338,6 +375,11 @@ class Params(Section):
         ):
             if first >= end:
                 raise ValueError(f"{where} is [{first}, {end}]: expected first (included) below last (excluded)")
+        if self.sft.gradient_accumulation > self.sft.batch_size:
+            raise ValueError(
+                f"sft.gradient_accumulation {self.sft.gradient_accumulation} parts of sft.batch_size "
+                f"{self.sft.batch_size}: expected at most one part per sample"
+            )
         if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
             raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
         _check_validation(self.runner)

