@@ -43,6 +43,16 @@ def variant_name(config: Pi0Config) -> str:
     return "pi05" if config.pi05 else "pi0"
 
 
+def check_variant(config: Pi0Config, expected: str, location: str) -> None:
+    """Refuse a checkpoint from ``location`` that is not of the variant in the params."""
+    got = variant_name(config)
+    if got != expected:
+        raise UserError(
+            f"{location}: the checkpoint is {got}, expected actor.model.variant {expected}; set the variant to {got} "
+            "or name another checkpoint"
+        )
+
+
 def describe(policy: Policy, tokenizer_file: str | None) -> dict[str, Any]:
     """The policy's description as JSON; ``tokenizer_file`` is where the tokenizer lies, beside it (see there)."""
     processing = {name: getattr(policy.processing, name) for name in Processing.__dataclass_fields__}

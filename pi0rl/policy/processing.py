@@ -183,10 +183,14 @@ class Processing:
 
     def targets(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """LIBERO actions [B, H, 7] and raw states [B, 8] -> what the network predicts, float64 [B, H, action_dim]."""
+        return _zero_pad(self.action_norm.forward(self.relative(actions, state)), self.action_dim)
+
+    def relative(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """LIBERO actions [B, H, 7] in float64, minus the raw states [B, 8] where the network predicts that."""
         actions = actions.astype(np.float64)
         if self.delta_actions:
             actions[..., :_DELTA_DIMS] -= state[:, None, :_DELTA_DIMS]
-        return _zero_pad(self.action_norm.forward(actions), self.action_dim)
+        return actions
 
 
 def _zero_pad(x: np.ndarray, width: int) -> np.ndarray:

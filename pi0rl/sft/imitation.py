@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pi0rl.observation import Observation
 from pi0rl.params import SftParams
-from pi0rl.policy.model import sample_training_time
+from pi0rl.policy.model import ModelInputs, sample_training_time
 from pi0rl.policy.policy import Policy
+from pi0rl.sft.augmentation import augment
 from pi0rl.sft.demonstrations import Demonstrations
+
+VALIDATION_LOOKS = 256
 
 
 @dataclass(frozen=True)
@@ -27,38 +33,153 @@ class ImitationStep:
 
 
 def imitate(policy: Policy, demonstrations: Demonstrations, params: SftParams, seed: int) -> Iterator[ImitationStep]:
-    """Train all of ``policy`` in place, one yield per optimiser step; deterministic given seed and thread count.
+    """Train ``policy`` in place, one yield per optimiser step; deterministic given seed and thread count.
 
     The caller may stop at any step; the policy then is what it is after that step.
     """
-    torch.use_deterministic_algorithms(True)
-    actions = action_windows(demonstrations, policy.config.action_horizon)
-    targets = torch.from_numpy(policy.processing.targets(actions, demonstrations.state).astype(np.float32))
-    generator = np.random.default_rng([seed, 0])
-    torch_generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=params.lr, betas=(0.9, 0.95), weight_decay=params.weight_decay
-    )
-    policy.train()
-    order = iter(())
-    for step in range(1, params.steps + 1):
-        rows = np.array([index for _, index in zip(range(params.batch_size), order, strict=False)], dtype=np.int64)
-        if len(rows) < params.batch_size:  # the rest of an epoch is too small for a batch: shuffle anew
-            order = iter(generator.permutation(demonstrations.looks))
-            rows = np.array([next(order) for _ in range(params.batch_size)], dtype=np.int64)
-        lr = learning_rate(params, step)
-        for group in optimizer.param_groups:
+    training = Imitation(policy, demonstrations, params, seed)
+    while training.done < params.steps:
+        yield training.step()
+
+
+class Imitation:
+    """Training of a policy in place, as far as it has come.
+
+    Args:
+        policy: with the weights to train asking for a gradient; on its device.
+        demonstrations: what to imitate.
+        params: how.
+        seed: decides batches, noise, times and augmentation.
+
+    Attributes:
+        done: optimiser steps so far.
+    """
+
+    def __init__(self, policy: Policy, demonstrations: Demonstrations, params: SftParams, seed: int):
+        torch.use_deterministic_algorithms(True)
+        self.done = 0
+        self._policy, self._demonstrations, self._params = policy, demonstrations, params
+        self._targets = network_targets(policy, demonstrations)
+        self._generator = np.random.default_rng([seed, 0])
+        self._torch_generator = torch.Generator().manual_seed(seed)
+        self._augmenting = torch.Generator().manual_seed(seed + 1)
+        self._trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._trained, lr=params.lr, betas=(0.9, 0.95), weight_decay=params.weight_decay
+        )
+        self._average = None if params.ema_decay is None else [weight.detach().clone() for weight in self._trained]
+        self._order, self._taken = np.empty(0, np.int64), 0
+        policy.train()
+
+    def step(self) -> ImitationStep:
+        """One optimiser step."""
+        params = self._params
+        rows = self._next_rows()
+        lr = learning_rate(params, self.done + 1)
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
-        inputs = policy.processing.inputs(shift_images(demonstrations.observation(rows), params.image_shift, generator))
-        target = targets[torch.from_numpy(rows)]
-        noise = torch.randn(target.shape, generator=torch_generator)
-        time = sample_training_time(len(rows), torch_generator)
-        loss = policy.model.flow_matching_loss(inputs, target, noise, time).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), params.clip_grad, error_if_nonfinite=True)
-        optimizer.step()
-        yield ImitationStep(step, float(loss.detach()), float(norm), lr)
+        observation = shift_images(self._demonstrations.observation(rows), params.image_shift, self._generator)
+        inputs = self._policy.processing.inputs(observation).to(self._policy.device)
+        if params.augmentation == "openpi":
+            inputs = replace(inputs, images=augment(inputs.images, self._augmenting))
+        target = self._targets[torch.from_numpy(rows)]
+        noise = torch.randn(target.shape, generator=self._torch_generator)
+        time = sample_training_time(len(rows), self._torch_generator)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for part in torch.arange(len(rows)).chunk(params.gradient_accumulation):
+            of_part = inputs if len(part) == len(rows) else inputs.rows(part.to(self._policy.device))
+            mean = self._loss(of_part, target[part], noise[part], time[part]) * (len(part) / len(rows))
+            mean.backward()
+            loss += float(mean.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, params.clip_grad, error_if_nonfinite=True)
+        self._optimizer.step()
+        self._follow()
+        self.done += 1
+        return ImitationStep(self.done, loss, float(norm), lr)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the policy has the moving average of its weights, where one is kept."""
+        if self._average is None:
+            yield
+            return
+        current = [weight.detach().clone() for weight in self._trained]
+        self._put(self._average)
+        try:
+            yield
+        finally:
+            self._put(current)
+
+    @torch.no_grad()
+    def validation_loss(self, held_out: Demonstrations) -> float:
+        """Mean loss on looks spread evenly over other demonstrations; noise and times are the same on every call."""
+        params, generator = self._params, torch.Generator().manual_seed(0)
+        targets = network_targets(self._policy, held_out)
+        chosen = np.linspace(0, len(held_out.looks) - 1, min(VALIDATION_LOOKS, len(held_out.looks))).astype(int)
+        total = 0.0
+        for rows in np.array_split(held_out.looks[chosen], -(-len(chosen) // params.batch_size)):
+            inputs = self._policy.processing.inputs(held_out.observation(rows)).to(self._policy.device)
+            target = targets[torch.from_numpy(rows)]
+            noise = torch.randn(target.shape, generator=generator)
+            time = sample_training_time(len(rows), generator)
+            total += float(self._loss(inputs, target, noise, time)) * len(rows)
+        return total / len(chosen)
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on to the same bytes."""
+        return {
+            "done": self.done,
+            "weights": [weight.detach() for weight in self._trained],
+            "average": self._average,
+            "optimizer": self._optimizer.state_dict(),
+            "order": torch.from_numpy(self._order),
+            "taken": self._taken,
+            "generator": self._generator.bit_generator.state,
+            "torch_generators": [self._torch_generator.get_state(), self._augmenting.get_state()],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state` of the same policy, demonstrations and params."""
+        self.done, self._taken, self._order = state["done"], state["taken"], state["order"].numpy()
+        self._put(state["weights"])
+        self._average = state["average"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.bit_generator.state = state["generator"]
+        for generator, saved in zip((self._torch_generator, self._augmenting), state["torch_generators"], strict=True):
+            generator.set_state(saved)
+
+    def _next_rows(self) -> np.ndarray:
+        """The next batch's looks; the rest of an epoch that is too small for one is left out."""
+        size = self._params.batch_size
+        if self._taken + size > len(self._order):
+            self._order, self._taken = self._generator.permutation(self._demonstrations.looks), 0
+        self._taken += size
+        return self._order[self._taken - size : self._taken]
+
+    def _loss(self, inputs: ModelInputs, target: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        device = self._policy.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._params.mixed_precision):
+            losses = self._policy.model.flow_matching_loss(inputs, target.to(device), noise.to(device), time.to(device))
+        return losses.mean()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average towards the weights."""
+        if self._average is not None and self._params.ema_decay is not None:
+            for average, weight in zip(self._average, self._trained, strict=True):
+                average.lerp_(weight, 1 - self._params.ema_decay)
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for weight, value in zip(self._trained, weights, strict=True):
+            weight.copy_(value)
+
+
+def network_targets(policy: Policy, demonstrations: Demonstrations) -> Tensor:
+    """What the network is to predict at every step, float32 [N, H, action_dim]."""
+    actions = action_windows(demonstrations, policy.config.action_horizon)
+    return torch.from_numpy(policy.processing.targets(actions, demonstrations.state).astype(np.float32))
 
 
 def learning_rate(params: SftParams, step: int) -> float:

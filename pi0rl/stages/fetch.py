@@ -9,8 +9,7 @@ from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_directory
 from pi0rl.policy.checkpoints import layout_of, load_policy, save_policy
-from pi0rl.policy.description import variant_name
-from pi0rl.policy.policy import Policy
+from pi0rl.policy.description import check_variant
 from pi0rl.policy.precision import set_precision
 from pi0rl.policy.sources import ORIGIN, Source, origin_of, resolve
 
@@ -24,7 +23,7 @@ def run(experiment: Experiment) -> None:
     origin = origin_of(source, layout_of(source.directory))
     _check_digest(source, origin["sha256"], fetch.sha256)
     policy = load_policy(source.directory, None if fetch.assets is None else Path(fetch.assets))
-    _check_variant(policy, experiment.params.actor.model.variant, source)
+    check_variant(policy.config, experiment.params.actor.model.variant, source.location)
     if experiment.params.actor.model.precision is not None:
         set_precision(policy, experiment.params.actor.model.precision)
     with replace_directory(experiment.stage_dir("sft")) as folder:
@@ -39,13 +38,4 @@ def _check_digest(source: Source, digests: dict[str, str], expected: str | None)
         raise UserError(
             f"fetch.sha256: {source.location} has no weights of digest {expected}, got {got}; fetch the revision you "
             "mean, or correct the digest"
-        )
-
-
-def _check_variant(policy: Policy, expected: str, source: Source) -> None:
-    got = variant_name(policy.config)
-    if got != expected:
-        raise UserError(
-            f"fetch.checkpoint: {source.location} is {got}, expected actor.model.variant {expected}; set the variant "
-            f"to {got} or name another checkpoint"
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,65 +22,161 @@ from pi0rl.files import replace_directory
 from pi0rl.libero.plan import evaluation_plan
 from pi0rl.libero.suites import suite_tasks
 from pi0rl.params import Params
-from pi0rl.policy.checkpoints import save_policy
+from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.config import TINY
-from pi0rl.policy.policy import Policy, create_policy
+from pi0rl.policy.description import check_variant
+from pi0rl.policy.lora import LoraConfig, with_lora
+from pi0rl.policy.policy import Policy, create_policy, with_heads
 from pi0rl.policy.precision import set_precision
-from pi0rl.policy.processing import mean_std, tiny_processing
+from pi0rl.policy.processing import Normalisation, Processing, tiny_processing
+from pi0rl.policy.sources import resolve
+from pi0rl.policy.weights import policy_tensors
 from pi0rl.progress import Progress
-from pi0rl.sft.demonstrations import load
-from pi0rl.sft.imitation import imitate
+from pi0rl.sft.demonstrations import Demonstrations, load, normalisation, split
+from pi0rl.sft.imitation import Imitation, action_windows
 from pi0rl.stages.playing import evaluation_players
 
 
 def run(experiment: Experiment) -> None:
-    """Train from scratch on ``demos/``."""
-    params = experiment.params
-    if params.actor.model.variant != "tiny":
-        raise UserError(
-            f"sft: actor.model.variant is {params.actor.model.variant}; from scratch only tiny is trained, the full "
-            "model starts from an SFT checkpoint: set fetch.checkpoint"
-        )
-    demonstrations = load(experiment.stage_dir("demos"))
-    prompts = tuple(task.language for suite in params.suites for task in suite_tasks(suite))
-    processing = tiny_processing(TINY, mean_std(demonstrations.state), mean_std(demonstrations.actions), prompts)
-    policy = create_policy(TINY, processing, params.seed)
-    torch.set_num_threads(params.sft.num_threads)
-    progress = Progress("sft", params.sft.steps, "step")
-    rows: list[dict[str, float]] = []
-    with replace_directory(experiment.stage_dir("sft")) as folder, _validation(params, policy, folder) as validate:
-        for step in imitate(policy, demonstrations, params.sft, params.seed):
+    """Train on ``demos/``, from scratch or from a checkpoint."""
+    params, sft = experiment.params, experiment.params.sft
+    demonstrations, held_out = split(load(experiment.stage_dir("demos")), sft.demos_per_task, sft.val_demos_per_task)
+    start = _from_scratch if sft.checkpoint is None else _from_checkpoint
+    policy = start(params, demonstrations).to(sft.device)
+    policy = with_lora(policy, None if sft.lora_rank is None else LoraConfig(sft.lora_rank, params.seed))
+    policy.trainable_parameters(sft.train_expert_only)
+    torch.set_num_threads(sft.num_threads)
+    training = Imitation(policy, demonstrations, sft, params.seed)
+    target = experiment.stage_dir("sft")
+    unfinished = target.with_name(f".{target.name}.training.partial")
+    rows = _go_on(training, unfinished, _kind(params, demonstrations))
+    progress = Progress("sft", sft.steps, "step")
+    with (
+        replace_directory(target) as folder,
+        _playing(params, training, policy, folder) as played,
+    ):
+        while training.done < sft.steps and not _reached(params, rows):
+            step = training.step()
             row = {"step": step.step, "sft/loss": step.loss, "sft/grad_norm": step.grad_norm, "sft/lr": step.lr}
-            success = validate(step.step)
-            rows.append(row if success is None else row | {"sft/success_once": success})
+            if len(held_out.looks) and _due(params, step.step):
+                with training.averaged():
+                    row["sft/val_loss"] = training.validation_loss(held_out)
+            row |= played(step.step)
+            rows.append(row)
+            success = row.get("sft/success_once")
             progress.update(
                 step.step, f"loss {step.loss:.4f}" + ("" if success is None else f", success {success:.2f}")
             )
-            if success is not None and params.sft.target_success and success >= params.sft.target_success:
-                break
-        set_precision(policy, params.actor.model.precision or "fp32")
-        save_policy(policy, folder / "policy")
+            if sft.save_interval is not None and step.step % sft.save_interval == 0:
+                _save(training, rows, unfinished, _kind(params, demonstrations))
+        with training.averaged():
+            if params.actor.model.precision is not None or sft.checkpoint is None:
+                set_precision(policy, params.actor.model.precision or "fp32")
+            save_policy(policy, folder / "policy")
         pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
+    unfinished.unlink(missing_ok=True)
+
+
+def _from_scratch(params: Params, demonstrations: Demonstrations) -> Policy:
+    if params.actor.model.variant != "tiny":
+        raise UserError(
+            f"sft: actor.model.variant is {params.actor.model.variant}; from scratch only tiny is trained, the full "
+            "model starts from a checkpoint: set sft.checkpoint, or fetch.checkpoint to do without imitation"
+        )
+    prompts = tuple(task.language for suite in params.suites for task in suite_tasks(suite))
+    statistics, mean_std = demonstrations.card["norm_stats"], Normalisation("mean_std", (), ())
+    state_norm, action_norm = (_with(mean_std, statistics[name]) for name in ("state", "actions"))
+    return create_policy(TINY, tiny_processing(TINY, state_norm, action_norm, prompts), params.seed)
+
+
+def _from_checkpoint(params: Params, demonstrations: Demonstrations) -> Policy:
+    """The checkpoint without heads, with these demonstrations' statistics and what is to be trained chosen."""
+    sft = params.sft
+    assert sft.checkpoint is not None
+    source = resolve(sft.checkpoint)
+    policy = load_policy(source.directory)
+    check_variant(policy.config, params.actor.model.variant, source.location)
+    policy = with_heads(policy, None, None, params.seed)
+    policy.processing = _renormalised(policy.processing, demonstrations, policy.config.action_horizon)
+    return policy
+
+
+def _renormalised(processing: Processing, demonstrations: Demonstrations, horizon: int) -> Processing:
+    """The same processing with the demonstrations' statistics: of what the network predicts, relative or not."""
+    statistics = demonstrations.card["norm_stats"]
+    of_actions = statistics["actions"]
+    if processing.delta_actions:
+        windows = action_windows(demonstrations, horizon)
+        relative = processing.relative(windows, demonstrations.state).reshape(-1, windows.shape[-1])
+        of_actions = normalisation(relative)
+    return replace(
+        processing,
+        state_norm=_with(processing.state_norm, statistics["state"]),
+        action_norm=_with(processing.action_norm, of_actions),
+    )
+
+
+def _with(norm: Normalisation, statistics: dict[str, list[float]]) -> Normalisation:
+    first, second = ("mean", "std") if norm.method == "mean_std" else ("q01", "q99")
+    return replace(norm, first=tuple(statistics[first]), second=tuple(statistics[second]))
+
+
+def _due(params: Params, step: int) -> bool:
+    """Whether something is measured after this step."""
+    since = step - params.sft.val_check_start
+    return since >= 0 and since % params.sft.val_check_interval == 0
+
+
+def _reached(params: Params, rows: list[dict[str, float]]) -> bool:
+    success = rows[-1].get("sft/success_once") if rows else None
+    return bool(success is not None and params.sft.target_success and success >= params.sft.target_success)
 
 
 @contextmanager
-def _validation(params: Params, policy: Policy, folder: Path) -> Iterator[Callable[[int], float | None]]:
-    """A function from a training step to the success of ``policy`` on official init states, None where not due."""
+def _playing(
+    params: Params, training: Imitation, policy: Policy, folder: Path
+) -> Iterator[Callable[[int], dict[str, float]]]:
+    """A function from a training step to the success of ``policy`` on official init states; empty where not due."""
     if params.sft.target_success is None:
-        yield lambda step: None
+        yield lambda step: {}
         return
     snapshot = folder / ".snapshot"
     save_policy(policy, snapshot)
     plan = evaluation_plan(params.suites, "official", params.sft.val_episodes_per_task, params.env.seed)
     with evaluation_players(params, snapshot) as players:
 
-        def validate(step: int) -> float | None:
-            since = step - params.sft.val_check_start
-            if since < 0 or since % params.sft.val_check_interval:
-                return None
-            players.load({name: weight.detach() for name, weight in policy.named_weights().items()})
+        def play(step: int) -> dict[str, float]:
+            if not _due(params, step):
+                return {}
+            with training.averaged():
+                players.load(policy_tensors(policy))
             results = players.play(plan, NoiseKey(params.seed, VALIDATION_STREAM, 0), "eval")
-            return sum(result.success for result in results) / len(results)
+            return {"sft/success_once": sum(result.success for result in results) / len(results)}
 
-        yield validate
+        yield play
     shutil.rmtree(snapshot)
+
+
+def _kind(params: Params, demonstrations: Demonstrations) -> str:
+    """What a saved state has to agree with to be gone on from."""
+    described = [params.sft.model_dump(mode="json"), params.actor.model.model_dump(mode="json"), params.seed]
+    text = json.dumps([*described, params.suites, demonstrations.card["fingerprint"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _save(training: Imitation, rows: list[dict[str, float]], path: Path, kind: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".writing.partial")
+    torch.save({"kind": kind, "rows": rows, "training": training.state()}, written)
+    written.replace(path)
+
+
+def _go_on(training: Imitation, path: Path, kind: str) -> list[dict[str, float]]:
+    """The rows of the curve so far: of a run of the same kind that was stopped, whose state ``training`` takes over."""
+    if not path.is_file():
+        return []
+    saved: dict[str, Any] = torch.load(path, weights_only=True)
+    if saved["kind"] != kind:
+        return []
+    training.restore(saved["training"])
+    return saved["rows"]

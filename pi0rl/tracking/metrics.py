@@ -69,6 +69,7 @@ METRICS: dict[str, str] = {
     "sft/loss": "flow-matching loss of a batch",
     "sft/grad_norm": "gradient norm before clipping",
     "sft/lr": "learning rate",
+    "sft/val_loss": "flow-matching loss on the demonstrations of sft.val_demos_per_task",
     "sft/success_once": "success on official init states where imitation is checked while it trains",
     "eval/<suite>/success_once": "success without noise: on the evaluation plan, or where training is validated",
     "time/*": "seconds of an iteration's parts; kept in timing.csv",
