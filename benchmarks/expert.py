@@ -71,10 +71,16 @@ def as_markdown(results: list[TaskResult]) -> str:
     """The tables: one per suite, a row per task."""
     lines = ["# The scripted expert", "", "Successes of the episodes played, and the mean control steps of successes."]
     splits = [split for split in get_args(Split) if any(result.split == split for result in results)]
-    for suite in SUITES:
+    suites = [suite for suite in SUITES if any(result.suite == suite for result in results)]
+    lines += ["", "| suite | tasks played |" + "".join(f" {split} | worst task |" for split in splits)]
+    lines += ["|---|---:|" + "---:|---:|" * len(splits)]
+    for suite in suites:
         of_suite = [result for result in results if result.suite == suite]
-        if not of_suite:
-            continue
+        played = f"{len({result.task_id for result in of_suite})} of {len(suite_tasks(suite))}"
+        cells = "".join(f" {_summary([row for row in of_suite if row.split == split])} |" for split in splits)
+        lines.append(f"| {suite} | {played} |{cells}")
+    for suite in suites:
+        of_suite = [result for result in results if result.suite == suite]
         lines += ["", f"## {suite}", ""]
         if suite in TARGETS:
             lines += [f"Wanted on every task: {TARGETS[suite]:.0%}.", ""]
@@ -96,6 +102,14 @@ def _cell(result: TaskResult | None) -> str:
         return "| "
     mean = f"{np.mean(result.steps):.1f}" if result.steps else "-"
     return f"{len(result.steps)}/{result.episodes} | {mean}"
+
+
+def _summary(results: list[TaskResult]) -> str:
+    if not results:
+        return "| "
+    worst = min(results, key=lambda result: len(result.steps) / result.episodes)
+    share = sum(len(result.steps) for result in results) / sum(result.episodes for result in results)
+    return f"{share:.1%} | {len(worst.steps)}/{worst.episodes} (task {worst.task_id})"
 
 
 def _sum(results: list[TaskResult]) -> str:
