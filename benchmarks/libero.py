@@ -1,8 +1,8 @@
 """Measures pi0rl's LIBERO beside LIBERO's own environment: both in one run, taking turns, on the same GL back end.
 
-    python -m benchmarks.libero            # one task of each of the 21 suites and 500 episodes, about 15 minutes
-    python -m benchmarks.libero --quick    # one task of each of LIBERO's four suites, 40 episodes
-    python -m benchmarks.libero --evaluation-only  # the 500 episodes again, which want both cores; the rates stay
+    python -m benchmarks.libero            # one task of each of the 21 suites and 2 x 500 episodes, about 20 minutes
+    python -m benchmarks.libero --quick    # one task of each of LIBERO's four suites, 2 x 40 episodes
+    python -m benchmarks.libero --evaluation-only  # the episodes again, which want both cores; the rates stay
 
 Writes benchmarks/results/libero.json and libero.md. The reference renders both cameras at 256 pixels on every control
 step, as `OffScreenRenderEnv` always does; "without images" is the same environment with its cameras taken out. Rates
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.episodes import CHUNK, EvaluationTime, time_evaluation
+from benchmarks.episodes import CHUNK, EvaluationTime, expert_actions, time_evaluation
 from benchmarks.exactness import contact_rich_actions, load_comparisons, telling_tasks
 from benchmarks.sides import ONE_THREAD, Ours, Reference, Side
 from pi0rl.errors import UserError
@@ -115,7 +115,9 @@ def describe_machine(back_end: str) -> dict[str, str | float]:
     }
 
 
-def as_markdown(machine: dict[str, str | float], speeds: list[TaskSpeed], evaluation: EvaluationTime | None) -> str:
+def as_markdown(
+    machine: dict[str, str | float], speeds: list[TaskSpeed], evaluations: dict[str, EvaluationTime]
+) -> str:
     """The tables."""
     lines = ["# LIBERO: pi0rl beside the reference", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
@@ -151,11 +153,11 @@ def as_markdown(machine: dict[str, str | float], speeds: list[TaskSpeed], evalua
         f"- (d) switching to a task compiled before: at most {1e3 * disk:.0f} ms from disk, {1e3 * memory:.1f} ms from "
         f"memory; a slot holds at most {worst / 1e6:.1f} MB beyond the shared models (limit: 10).",
     ]
-    if evaluation:
+    for played_by, evaluation in evaluations.items():
         lines.append(
-            f"- (e) {evaluation.episodes} episodes of libero_spatial at their step limit ({evaluation.control_steps:,} "
-            f"control steps), looks every 10 steps, fast profile, {evaluation.processes} processes: "
-            f"{evaluation.wall_seconds:.0f} s, cores busy to {evaluation.busy:.0%}, "
+            f"- (e) {evaluation.episodes} episodes of libero_spatial under {played_by} actions ({evaluation.successes} "
+            f"succeed, {evaluation.control_steps:,} control steps), looks every 10 steps, fast profile, "
+            f"{evaluation.processes} processes: {evaluation.wall_seconds:.0f} s, cores busy to {evaluation.busy:.0%}, "
             f"{evaluation.cpu_seconds:.0f} CPU s (limits: 300 s, 90 %)."
         )
     return "\n".join([*lines, *exactness_lines()]) + "\n"
@@ -213,20 +215,22 @@ def main() -> None:
     episodes_per_task = arguments.episodes_per_task
     if episodes_per_task is None:
         episodes_per_task = 4 if arguments.quick else 50
-    evaluation = None
+    evaluations = {}
     if episodes_per_task:
-        evaluation = time_evaluation("libero_spatial", episodes_per_task, FAST_SIZES[0], arguments.processes)
+        sizes = ("libero_spatial", episodes_per_task, FAST_SIZES[0], arguments.processes)
+        evaluations["random"] = time_evaluation(*sizes)
+        evaluations["expert"] = time_evaluation(*sizes, expert_actions("libero_spatial", arguments.processes))
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": machine,
         "targets": TARGETS,
         "mean_ratios": mean_ratios(speeds),
         "tasks": [asdict(speed) for speed in speeds],
-        "evaluation": evaluation and asdict(evaluation),
+        "evaluations": {name: asdict(evaluation) for name, evaluation in evaluations.items()},
         "exactness": [asdict(comparison) for comparison in load_comparisons().values()],
     }
     replace_text(arguments.output / "libero.json", json.dumps(record, indent=1) + "\n")
-    table = as_markdown(machine, speeds, evaluation)
+    table = as_markdown(machine, speeds, evaluations)
     replace_text(arguments.output / "libero.md", table)
     print(table)
 

@@ -23,7 +23,7 @@ from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import Task, official_init_states
 
 SEED = 0
-ONE_THREAD = {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ONE_THREAD = {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Side:

@@ -169,6 +169,7 @@ def test_a_chunk_is_its_steps(env: LiberoEnv) -> None:
         ({"suite": "libero_goal", "task_id": 7, "camera_size": 0}, "expected 1 to 4096"),
         ({"suite": "libero_goal", "task_id": 7, "render_profile": "quick"}, "expected reference or fast"),
         ({"suite": "libero_goal", "task_id": 7, "step_limit": 0}, "expected 1 or more"),
+        ({"suite": "libero_goal", "task_id": 7, "render_mode": "ansi"}, "expected 'rgb_array' or None"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
@@ -184,6 +185,7 @@ def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], messag
         ({"init_state_id": -1}, "expected 0 to 49"),
         ({"init_state_id": "first"}, "expected a whole number"),
         ({"init_state": np.zeros(5)}, r"init state of shape \(5,\)"),
+        ({"init_state": "first"}, "expected an array of numbers"),
         ({"init_state": np.zeros(5), "init_state_id": 0}, "not both"),
         ({"settle_steps": -1}, "expected 0 or more"),
         ({"init_state_ids": 0}, "unknown reset option 'init_state_ids'"),
@@ -208,7 +210,8 @@ def test_bad_actions_are_refused_before_anything_moves(env: LiberoEnv) -> None:
     ):
         with pytest.raises(UserError, match=message):
             env.step_chunk(actions)
-    for action in (np.zeros(6), np.zeros((1, 7)), np.full(7, np.inf)):
+    wrong: list[Any] = [np.zeros(6), np.zeros((1, 7)), np.full(7, np.inf), [[0.0], [0.0, 1.0]], "up", None]
+    for action in wrong:
         with pytest.raises(UserError, match="action"):
             env.step(action)
     assert np.array_equal(env.qpos, before)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pi0rl.libero.gl import prefer_gpu
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult, Look, SlotConfig, Slots
 
@@ -16,12 +17,18 @@ Status = tuple[int, int]
 
 
 class EnvWorker:
-    """``stages`` groups of ``slots`` simulations each; while one group is being inferred, another simulates."""
+    """``stages`` groups of ``slots`` simulations each; while one group is being inferred, another simulates.
 
-    def __init__(self, config: SlotConfig, slots: int, stages: int) -> None:
+    ``gpu`` is the GPU of its node to render on; None: the first one, or the processor.
+    """
+
+    def __init__(self, config: SlotConfig, slots: int, stages: int, gpu: int | None = None) -> None:
         # Ctrl-C reaches the whole foreground group; ending is the driver's business.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite refuses to be imported with the value that Ray sets
+        if gpu is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray may have left it empty, which hides the GPUs from EGL
+        else:
+            prefer_gpu(gpu)
         self._stages = [Slots(slots, config) for _ in range(stages)]
 
     def start(self, stage: int, rows: Sequence[Episode], record: frozenset[int]) -> tuple[Look, Status]:

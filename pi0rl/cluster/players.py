@@ -119,7 +119,7 @@ class _Envs:
     def _start(self, number: int) -> Any:
         config = self._config
         env_class = ray.remote(EnvWorker).options(**self._room.env_options(number))
-        return env_class.remote(config.slot, config.slots_per_cell, config.stages)
+        return env_class.remote(config.slot, config.slots_per_cell, config.stages, self._room.env_gpu(number))
 
 
 @contextmanager

@@ -64,6 +64,10 @@ class Reservation:
         """Ray's options for env worker ``worker``."""
         return {"num_cpus": 1, "num_gpus": 0} | self._strategy(Seat(self._env_seats[worker].node))
 
+    def env_gpu(self, worker: int) -> int | None:
+        """The GPU of its node that env worker ``worker`` is placed on, if it is."""
+        return self._env_seats[worker].gpu
+
     def seat_options(self, seat: Seat) -> dict[str, Any]:
         """Ray's options for the torch process on ``seat``; rollout and actor share one, and take turns on the cores."""
         return {"num_cpus": 0, "num_gpus": 0 if seat.gpu is None else 1} | self._strategy(seat)

@@ -64,7 +64,7 @@ class LiberoEnv(gymnasium.Env[Observation, np.ndarray]):
     ):
         self.task = task(suite, task_id)
         self.step_limit = checked_step_limit(step_limit, self.task)
-        self.render_mode = render_mode
+        self.render_mode = checked_render_mode(render_mode)
         self._renderer = shared_renderer(camera_size, render_profile)
         self.observation_space, self.action_space = observation_space(camera_size), action_space()
         self._simulation = Simulation(self.task)
@@ -229,6 +229,17 @@ def checked_step_limit(step_limit: int | None, task: Task) -> int:
     if step_limit < 1:
         raise UserError(f"step_limit {step_limit}: expected 1 or more control steps, or None for the suite's")
     return step_limit
+
+
+def checked_render_mode(render_mode: str | None) -> str | None:
+    """None or "rgb_array".
+
+    Raises:
+        UserError: It is something else.
+    """
+    if render_mode not in (None, "rgb_array"):
+        raise UserError(f"unknown render_mode {render_mode!r}: expected 'rgb_array' or None")
+    return render_mode
 
 
 def _unbounded(size: int, dtype: type[np.floating]) -> spaces.Box:

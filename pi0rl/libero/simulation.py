@@ -211,7 +211,7 @@ class Simulation:
         Raises:
             UserError: Its size does not fit the task, or it holds NaN or infinity.
         """
-        state = np.asarray(state, dtype=np.float64)
+        state = _as_numbers(state, f"init state for {self.task.suite} task {self.task.task_id}")
         expected = 1 + self.model.nq + self.model.nv
         if state.shape != (expected,):
             raise UserError(
@@ -229,7 +229,7 @@ def checked_actions(actions: np.ndarray, shape: tuple[int | None, ...]) -> np.nd
     Raises:
         UserError: The shape is wrong or a number is NaN or infinite.
     """
-    actions = np.asarray(actions, dtype=np.float64)
+    actions = _as_numbers(actions, "action")
     matches = len(shape) == actions.ndim and all(
         size == wanted if wanted else size > 0 for size, wanted in zip(actions.shape, shape, strict=True)
     )
@@ -239,6 +239,13 @@ def checked_actions(actions: np.ndarray, shape: tuple[int | None, ...]) -> np.nd
     if not np.isfinite(actions).all():
         raise UserError("action holds NaN or infinity: expected 7 finite numbers in [-1, 1] per control step")
     return actions
+
+
+def _as_numbers(values: object, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: expected an array of numbers ({error})") from None
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from pi0rl.libero.env import (
     Observation,
     RenderProfileName,
     action_space,
+    checked_render_mode,
     checked_step_limit,
     observation_boxes,
     observation_space,
@@ -75,7 +76,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[Observation, np.ndarray, np.nda
         for each in self.tasks:
             checked_step_limit(step_limit, each)
         shared_renderer(camera_size, render_profile)  # refuses bad arguments; draws nothing yet
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.num_envs, self.render_mode = num_envs, checked_render_mode(render_mode)
         self.single_observation_space, self.single_action_space = observation_space(camera_size), action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -275,7 +276,9 @@ def _dealt(value: Any, num_envs: int, name: str) -> list[Any]:
 def _seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
     if seed is None:
         return [None] * num_envs
-    return [seed + index for index in range(num_envs)] if isinstance(seed, int) else _dealt(seed, num_envs, "seed")
+    if isinstance(seed, int | np.integer):
+        return [int(seed) + index for index in range(num_envs)]
+    return _dealt(seed, num_envs, "seed")
 
 
 def _options_per_env(options: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
