@@ -181,6 +181,8 @@ class ModelParams(Section):
     ``precision``: ``bf16`` keeps the towers' weights without their norms in bfloat16, as openpi and RLinf do; left out,
     weights stay as the checkpoint has them. ``is_lora``: beside the action expert, train adapters of ``lora_rank`` on
     the VLM's linear layers, whatever ``openpi.train_expert_only`` says; saved policies hold merged weights.
+    ``torch_compile``: compile the towers' layers, for acting and learning; results change by rounding, and a run that
+    is repeated need not end in the same bytes.
     """
 
     variant: Literal["tiny", "pi0", "pi05"] = "pi0"
@@ -190,6 +192,7 @@ class ModelParams(Section):
     precision: Literal["fp32", "bf16"] | None = None
     is_lora: bool = False
     lora_rank: Positive = 32
+    torch_compile: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

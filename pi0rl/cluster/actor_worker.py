@@ -43,6 +43,7 @@ class ActorWorker:
         gradient_checkpointing: bool,
         num_threads: int,
         device: str,
+        compiled: bool = False,
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.use_deterministic_algorithms(True)
@@ -50,13 +51,15 @@ class ActorWorker:
         self._team: ProcessTeam | None = None
         self._start, self._sampler, self._config, self._device = start, sampler, config, device
         self._lora, self._train_expert_only = lora, train_expert_only
-        self._gradient_checkpointing = gradient_checkpointing
+        self._gradient_checkpointing, self._compiled = gradient_checkpointing, compiled
 
     def start(self) -> None:
         """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
         self._policy = with_lora(load_policy(self._start), self._lora).to(self._device)
         self._trainable = self._policy.trainable_parameters(self._train_expert_only)
         self._policy.model.set_gradient_checkpointing(self._gradient_checkpointing)
+        if self._compiled:
+            self._policy.model.compile_layers()
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
         self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)

@@ -241,6 +241,7 @@ def _actor_maker(config: LoopConfig, players: PlayersConfig, start: Path) -> Mak
         config.train_expert_only,
         config.gradient_checkpointing,
         config.num_threads,
+        compiled=players.compiled,
     )
 
 

@@ -37,6 +37,7 @@ class PlayersConfig:
         stages: groups per env worker that take turns with inference (``rollout.pipeline_stage_num``).
         sampler: how actions are drawn.
         lora: adapters to put on the policy, in training: saved policies have none.
+        compiled: whether the policy's layers are compiled.
     """
 
     slot: SlotConfig
@@ -45,6 +46,7 @@ class PlayersConfig:
     stages: int
     sampler: SamplerConfig
     lora: LoraConfig | None = None
+    compiled: bool = False
 
     @property
     def slots_per_cell(self) -> int:
@@ -131,7 +133,7 @@ def open_players(config: PlayersConfig, placement: Placement, checkpoint: Path) 
 
 def rollout_maker(config: PlayersConfig, checkpoint: Path) -> MakeRollout:
     """What makes the rollout worker of a device, with the policy of ``checkpoint``."""
-    return partial(RolloutWorker, checkpoint, config.sampler, config.lora, 1)
+    return partial(RolloutWorker, checkpoint, config.sampler, config.lora, 1, compiled=config.compiled)
 
 
 class Stopwatch:

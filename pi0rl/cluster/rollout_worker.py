@@ -69,12 +69,18 @@ class RolloutWorker:
     """
 
     def __init__(
-        self, checkpoint: Path, sampler: SamplerConfig, lora: LoraConfig | None, num_threads: int, device: str
+        self,
+        checkpoint: Path,
+        sampler: SamplerConfig,
+        lora: LoraConfig | None,
+        num_threads: int,
+        device: str,
+        compiled: bool = False,
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.use_deterministic_algorithms(True)
         self._num_threads, self._checkpoint, self._annealed, self._device = num_threads, checkpoint, sampler, device
-        self._sampler, self._lora = sampler.at(0), lora
+        self._sampler, self._lora, self._compiled = sampler.at(0), lora, compiled
         self._noise = NoiseKey(0, 0, 0)
         self._mode: PlayMode = "eval"
         self._recordings: dict[int, _Recording] = {}
@@ -85,6 +91,8 @@ class RolloutWorker:
         failed."""
         if policy is None:
             policy = with_lora(load_policy(self._checkpoint), self._lora).to(self._device)
+            if self._compiled:
+                policy.model.compile_layers()
         self._policy = policy
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:

@@ -90,7 +90,8 @@ def players_config(params: Params, env: EnvTrainParams | EnvEvalParams) -> Playe
         after_success="continue" if training and _compat(params) else "stop",
     )
     stages = params.rollout.pipeline_stage_num
-    return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params), lora)
+    compiled = params.actor.model.torch_compile
+    return PlayersConfig(slot, env.workers, env.total_num_envs, stages, sampler_config(params), lora, compiled)
 
 
 def validation_plan(params: Params) -> tuple[Episode, ...]:

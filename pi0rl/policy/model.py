@@ -135,11 +135,15 @@ def time_embedding(time: Tensor, dim: int) -> Tensor:
 
 
 class Pi0(nn.Module):
-    """The network; ``prefix`` once per look, ``velocity`` once per denoising step."""
+    """The network; ``prefix`` once per look, ``velocity`` once per denoising step.
+
+    Attributes:
+        compiled: whether ``compile_layers`` was called.
+    """
 
     def __init__(self, config: Pi0Config):
         super().__init__()
-        self.config = config
+        self.config, self.compiled = config, False
         width, expert_width = config.text.width, config.expert.width
         vlm = nn.ModuleDict(
             {
@@ -187,6 +191,17 @@ class Pi0(nn.Module):
         """Trade time for memory in training: keep only the input of every layer, not what happens in it."""
         for tower in (self.vision, self.text, self.expert):
             tower.gradient_checkpointing = enabled
+
+    def compile_layers(self) -> None:
+        """``torch.compile`` every layer of the towers, in place: outputs change by rounding, names not at all.
+
+        Layer by layer, as layers of a tower share their code: it is compiled once for all of them. It happens when a
+        shape is first seen, and takes a minute or so.
+        """
+        for layers in (self.vision.encoder["layers"], self.text.layers, self.expert.layers):
+            for layer in cast(nn.ModuleList, layers):
+                layer.compile()
+        self.compiled = True
 
     def embed_prefix(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Embeddings [B, Lp, width] and their valid mask bool [B, Lp]; images camera by camera, then language.

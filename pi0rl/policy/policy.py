@@ -48,8 +48,8 @@ class Policy(nn.Module):
 
     @property
     def exact(self) -> bool:
-        """Whether equal shapes give equal bits whoever shares the batch: on the CPU in float32."""
-        return self.device.type == "cpu" and self.model.expert.dtype == torch.float32
+        """Whether equal shapes give equal bits whoever shares the batch: on the CPU in float32, not compiled."""
+        return self.device.type == "cpu" and self.model.expert.dtype == torch.float32 and not self.model.compiled
 
     def prefix(self, inputs: ModelInputs) -> Prefix:
         """Run the VLM once for B observations, and pool the critic's features where the critic reads the prefix.
