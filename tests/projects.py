@@ -81,7 +81,15 @@ SWEEP = "experiment: quickstart\naxes: {actor.optim.lr: [1.0e-4, 2.0e-4]}\nseeds
 
 RESULTS = {
     "rows": [
-        {"policy": policy, "split": "held_out", "suite": "libero_object", "k": k, "n": 10, "wilson": [0.1, 0.9]}
+        {
+            "policy": policy,
+            "split": "held_out",
+            "suite": "libero_object",
+            "k": k,
+            "n": 10,
+            "errors": 0,
+            "wilson": [0.1, 0.9],
+        }
         for policy, k in (("sft", 3), ("ppo", 6))
     ],
     "comparisons": [
