@@ -7,10 +7,11 @@ as a program.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from prefect import Task, flow, task
@@ -45,7 +46,7 @@ class StageOutput:
         if line.startswith(ERROR):
             self.error, self.crashed = line.removeprefix(ERROR), False
         elif line.startswith("ERROR: ") and "failed to run" in line:
-            self.error = self.error or "it failed; what it said is above"
+            self.error = self.error or (_KILLED if _BY_SIGKILL.search(line) else "it failed; what it said is above")
         elif line.startswith("ERROR: "):  # of DVC
             self.error, self.crashed = self.error or line.removeprefix("ERROR: "), False
         elif line.endswith("didn't change, skipping"):
@@ -55,6 +56,10 @@ class StageOutput:
             for watch in self._watchers:
                 watch(line)
 
+
+# How DVC ends its line on a stage that was killed, itself or below its shell
+_BY_SIGKILL = re.compile(r"exited with (-9|137)$")
+_KILLED = "killed, by hand or because memory ran out"
 
 # What DVC says around the stage's own lines
 _CHATTER = (
@@ -74,12 +79,16 @@ _CHATTER = (
 class StageCrashed(UserError):
     """A stage that ended without saying why: killed, out of memory, a bug. Run once more, it goes on where it was."""
 
+    def __init__(self, message: str, prefix: str = "") -> None:
+        super().__init__(message)
+        self.prefix = prefix
+
 
 def _crashed(_task: Task[..., str], _run: TaskRun, state: State[str]) -> bool:
     """Whether to try again, asked while a try is left: a mistake of the user would only be the same mistake."""
     error = state.result(raise_on_failure=False)
     if isinstance(error, StageCrashed):
-        print(f"{error}; once more", flush=True)
+        print(f"{error.prefix}{error}; once more", flush=True)
     return isinstance(error, StageCrashed)
 
 
@@ -91,11 +100,19 @@ def _crashed(_task: Task[..., str], _run: TaskRun, state: State[str]) -> bool:
     retry_delay_seconds=5,
     retry_condition_fn=_crashed,
 )
-def run_stage(stage: str, address: str, root: Path, prefix: str = "", watch: Watch | None = None) -> str:
+def run_stage(
+    stage: str,
+    address: str,
+    root: Path,
+    prefix: str = "",
+    watch: Watch | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Bring one stage up to date; returns what happened in words. Raises UserError with the stage's own message.
 
     A stage that was killed or crashed is run once more (StageCrashed); one that was told to stop is not.
-    ``prefix`` begins every line; ``watch`` is called after each line of the stage, and what it raises ends the stage.
+    ``prefix`` begins every line; ``watch`` is called after each line of the stage, and what it raises ends the stage;
+    ``variables`` are laid over the environment.
     """
     output = StageOutput(prefix, [StageProgress(stage), *([watch] if watch else [])])
     started = time.monotonic()
@@ -103,14 +120,20 @@ def run_stage(stage: str, address: str, root: Path, prefix: str = "", watch: Wat
         # a point whose checkpoint DVC is hashing holds the lock for longer than DVC waits by itself
         [str(BIN / "dvc"), "--wait-for-lock", "repro", "--single-item", address],
         cwd=root,
-        environment={"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1", "SHELL": "/bin/sh"},
+        environment={
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONUNBUFFERED": "1",
+            "SHELL": "/bin/sh",
+            **(variables or {}),
+        },
         on_line=output,
         send=os.killpg,
     )
     if code in _TOLD_TO_STOP:
         raise UserError(f"{stage}: stopped")
     if code != 0 and output.crashed:
-        raise StageCrashed(f"{stage}: {output.error or f'killed (exit code {code})'}")
+        reason = output.error or (_KILLED if code == 137 else f"exit code {code}")
+        raise StageCrashed(f"{stage}: {reason}", prefix)
     if code != 0:
         raise UserError(f"{stage}: {output.error}")
     return "unchanged" if output.skipped else f"done in {_minutes(time.monotonic() - started)}"
@@ -125,12 +148,17 @@ def libero_experiment(name: str, overrides: tuple[str, ...] = (), output: str | 
     return str(experiment.report_dir)
 
 
-def run_stages(experiment: Experiment, prefix: str = "", watch: Watch | None = None) -> None:
-    """One task per stage, in order; ``prefix`` begins the lines that name them."""
+def run_stages(
+    experiment: Experiment,
+    prefix: str = "",
+    watch: Watch | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> None:
+    """One task per stage, in order, see :func:`run_stage`; ``prefix`` begins the lines that name them."""
     for number, stage in enumerate(experiment.stages, start=1):
         heading = f"{prefix}[{number}/{len(experiment.stages)}] {stage}"
         print(heading, flush=True)
-        outcome = run_stage(stage, experiment.address(stage), experiment.root, prefix, watch)
+        outcome = run_stage(stage, experiment.address(stage), experiment.root, prefix, watch, variables)
         print(f"{heading}: {outcome}", flush=True)
     catch_up(experiment)
     show_results(experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flows.experiment import Watch, run_stages
@@ -18,8 +19,13 @@ class Outcome:
     error: str
 
 
-def run_experiments(prefix: str, *parts: Experiment, watch: Watch | None = None) -> None:
+def run_experiments(
+    prefix: str,
+    *parts: Experiment,
+    watch: Watch | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     """Freeze and run ``parts`` one after the other; ``prefix`` begins their lines."""
     for part in parts:
         freeze(part)
-        run_stages(part, prefix, watch)
+        run_stages(part, prefix, watch, variables)

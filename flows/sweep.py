@@ -6,12 +6,10 @@ missing, and a point that failed does not stop the others.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Sequence
 
-import yaml
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -21,12 +19,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.artifacts import show_comparison
 from flows.experiment import ERROR
 from flows.points import Outcome, run_experiments
+from flows.room import Gpus, gpus_of, points_that_fit, this_machine
 from flows.search import run_search
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, open_experiment
 from pi0rl.processes import Interrupted, raise_on_signals, stop_descendants
 from pi0rl.report.sweep import Finished, write_sweep_report
-from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep, sweep_dir, sweep_report_dir, workers_of
+from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep, sweep_dir, sweep_report_dir
 from pi0rl.tracking.sweep import begin_sweep, finish_sweep
 
 
@@ -35,7 +34,7 @@ from pi0rl.tracking.sweep import begin_sweep, finish_sweep
     flow_run_name="{sweep}",
     persist_result=False,
     validate_parameters=False,
-    # what runs at a time is decided below, by the cores
+    # what runs at a time is decided below, by what the machine has
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # pyright: ignore[reportArgumentType]
 )
 def libero_sweep(sweep: str = "quickstart", overrides: Sequence[str] = (), concurrency: int | None = None) -> str:
@@ -49,7 +48,7 @@ def libero_sweep(sweep: str = "quickstart", overrides: Sequence[str] = (), concu
     Raises:
         UserError: bad params (before anything starts), or points that failed (after the others have ended).
     """
-    plan = _overridden(load_sweep(sweep), overrides)
+    plan = load_sweep(sweep, overrides)
     base = open_experiment(plan.experiment)  # says where to log
     begin_sweep(sweep, sweep_dir(sweep), base)
     outcomes = _run_grid(sweep, plan, concurrency) if plan.search is None else run_search(sweep, plan)
@@ -75,26 +74,29 @@ def libero_sweep(sweep: str = "quickstart", overrides: Sequence[str] = (), concu
 def _run_grid(name: str, plan: Sweep, concurrency: int | None) -> list[Outcome]:
     points = grid_points(plan)
     chains = [experiments(name, plan, point) for point in points]  # a mistake shows before anything starts
-    at_a_time = concurrency or plan.concurrency or _that_fit(chains)
+    machine = this_machine()
+    needed = [gpus_of(chain[-1], machine) for chain in chains]
+    gpus = Gpus(machine.gpus)
+    at_a_time = concurrency or plan.concurrency or points_that_fit([chain[-1] for chain in chains], machine)
     print(f"sweep {name}: {len(points)} points, {at_a_time} at a time", flush=True)
     room, stopping = threading.Semaphore(at_a_time), threading.Event()
     locks = {part.reference: threading.Lock() for chain in chains for part in chain}
     done: set[str] = set()
 
     @task(cache_policy=NO_CACHE, task_run_name="{point}", persist_result=False)
-    def run_point(point: str, chain: tuple[Experiment, ...]) -> None:
+    def run_point(point: str, chain: tuple[Experiment, ...], needs_gpus: int) -> None:
         """Its shared stages, if no other point has run them yet, and its own."""
-        with room:
+        with room, gpus.take(needs_gpus) as variables:
             for part in chain:
                 if stopping.is_set():
                     raise UserError("the sweep was stopped")
                 with locks[part.reference]:
                     # once: DVC refuses to look at a shared stage again while another point reads what it made
                     if part.reference not in done:
-                        run_experiments(f"{point} ", part)
+                        run_experiments(f"{point} ", part, variables=variables)
                         done.add(part.reference)
 
-    futures = [run_point.submit(point.name, chain) for point, chain in zip(points, chains, strict=True)]
+    futures = [run_point.submit(point.name, *rest) for point, *rest in zip(points, chains, needed, strict=True)]
     try:
         wait(futures)
     except BaseException:
@@ -107,26 +109,11 @@ def _run_grid(name: str, plan: Sweep, concurrency: int | None) -> list[Outcome]:
     ]
 
 
-def _that_fit(chains: Sequence[tuple[Experiment, ...]]) -> int:
-    """How many points have a core for each of their workers; at least one."""
-    most = max(workers_of(chain[-1]) for chain in chains)
-    return max(1, (os.cpu_count() or 1) // most)
-
-
 def _reason(state: State[None]) -> str:
     if state.is_completed():
         return ""
     error = state.result(raise_on_failure=False)
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def _overridden(plan: Sweep, overrides: Sequence[str]) -> Sweep:
-    """``plan`` with ``key=value`` strings over every point."""
-    pairs = [text.partition("=") for text in overrides]
-    if bad := next((key for key, separator, _ in pairs if not separator), None):
-        raise UserError(f"overrides: {bad}: expected key=value, for example runner.max_epochs=4")
-    values = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-    return plan.model_copy(update={"overrides": plan.overrides | values})
 
 
 def main(arguments: list[str]) -> int:

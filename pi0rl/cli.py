@@ -298,14 +298,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from pi0rl.sweeps import experiments, grid_points, load_sweep
+    from pi0rl.sweeps import describe, experiments, grid_points, load_sweep
 
-    sweep = load_sweep(options.sweep)
+    sweep = load_sweep(options.sweep, options.overrides)
     points = () if sweep.search else grid_points(sweep)
     chains = [experiments(options.sweep, sweep, point) for point in points]
     if options.list:
-        for point in points:
-            print(point.name, *point.overrides, sep="  ")
+        print(describe(sweep, points))
         return 0
     root = chains[0][-1].root if chains else project_root()
     return _flow(root, "flows.sweep", options.sweep, *options.overrides)

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,7 +74,7 @@ class Sweep(_Section):
         axes: a grid. An axis is a list of values for the key that names it, or a mapping from labels to overrides.
         points: a list of overrides; with axes, every entry is combined with every cell of the grid.
         seeds: every point runs once per seed.
-        concurrency: points at a time; left out, as many as the cores allow.
+        concurrency: points at a time; left out, as many as fit the machine, see flows.room.
         search: a search in place of axes and points.
     """
 
@@ -107,19 +108,24 @@ class Point:
     overrides: tuple[str, ...]
 
 
-def load_sweep(name: str) -> Sweep:
-    """Read ``params/sweeps/<name>.yaml``; raises UserError naming the file, the key and what was expected."""
+def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Read ``params/sweeps/<name>.yaml`` and lay ``key=value`` strings over every point.
+
+    Raises:
+        UserError: it names the file, the key and what was expected.
+    """
     root = project_root()
     path = root / "params" / "sweeps" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml"))) or "none"
         raise UserError(f"{os.path.relpath(path)}: no such sweep; known ones: {known}")
     try:
-        return Sweep.model_validate(yaml.safe_load(path.read_text()))
+        sweep = Sweep.model_validate(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"{os.path.relpath(path)}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise UserError(f"{os.path.relpath(path)}: {explain(error, Sweep)}") from error
+    return sweep.model_copy(update={"overrides": sweep.overrides | _read_overrides(overrides)})
 
 
 def sweep_dir(name: str) -> Path:
@@ -188,6 +194,19 @@ def experiments(name: str, sweep: Sweep, point: Point) -> tuple[Experiment, ...]
     return tuple(replace(each, **folders) for each in (*shared, replace(own, stages=rest)))
 
 
+def describe(sweep: Sweep, points: Sequence[Point]) -> str:
+    """What ``pi0rl sweep NAME --list`` shows: per point what makes it that point, or the space of a search."""
+    if sweep.search is not None:
+        space = [f"  {key}: {values}" for key, values in sweep.search.space.items()]
+        heading = f"{sweep.search.strategy} search, {sweep.search.trials} trials, {sweep.search.metric} is maximised"
+        return "\n".join([heading, *space])
+    lists = [point.overrides for point in points]
+    common = [each for each in lists[0] if len(lists) > 1 and all(each in overrides for overrides in lists)]
+    own = [[each for each in overrides if each not in common] for overrides in lists]
+    lines = ["  ".join([point.name, *overrides]) for point, overrides in zip(points, own, strict=True)]
+    return "\n".join([*lines, *(["at every point: " + "  ".join(common)] if common else [])])
+
+
 def workers_of(experiment: Experiment) -> int:
     """Cores that an experiment keeps busy: its most numerous workers."""
     params = experiment.params
@@ -198,6 +217,14 @@ def _decided_by(experiment: Experiment, stages: tuple[str, ...]) -> str:
     """A hash of the params that decide what ``stages`` make, as dvc.yaml names them."""
     text = json.dumps([stage_params(experiment, stage) for stage in stages], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _read_overrides(texts: Sequence[str]) -> Overrides:
+    """``key=value`` strings, the values as YAML."""
+    pairs = [text.partition("=") for text in texts]
+    if bad := next((key for key, separator, _ in pairs if not separator), None):
+        raise UserError(f"overrides: {bad}: expected key=value, for example runner.max_epochs=4")
+    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
 
 def _cells(axis: str, values: list[Any] | dict[str, Overrides]) -> list[tuple[Any, Overrides]]:

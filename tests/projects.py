@@ -60,11 +60,16 @@ MORE_STAGES = """
 """
 
 # A point waits for another one to be under way too, fails where a file fail-<point> is, and is killed, together with
-# the dvc above it, where a file kill-<point> is, once.
+# the dvc above it, where a file kill-<point> is, once. A GPU that it was given leaves a file gpu-<number>; where two
+# points have the same one, the second fails.
 TROUBLE = """
 point=$(basename $(dirname $1))
 if [ -e fail-$point ]; then echo 'pi0rl: error: no GL driver; install one' >&2; exit 2; fi
 if [ -e kill-$point ]; then rm kill-$point; kill -9 0; fi
+if [ -n "$CUDA_VISIBLE_DEVICES" ]; then
+  touch gpu-$CUDA_VISIBLE_DEVICES
+  mkdir busy-$CUDA_VISIBLE_DEVICES || exit 1
+fi
 touch running-$point
 if [ -e slow ]; then sleep 300 & echo $! > sleeper; wait; fi
 for i in $(seq 100); do
@@ -74,6 +79,7 @@ for i in $(seq 100); do
 done
 sleep 1
 rm running-$point
+[ -n "$CUDA_VISIBLE_DEVICES" ] && rmdir busy-$CUDA_VISIBLE_DEVICES
 mkdir -p $1 && echo done > $1/file && echo $point >> log
 """
 

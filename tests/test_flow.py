@@ -20,6 +20,7 @@ from pi0rl.errors import UserError
 STAGE = """
 if [ -e fail ]; then echo 'pi0rl: error: no GL driver; install one' >&2; exit 2; fi
 if [ -e crash ]; then echo 'Traceback of a bug' >&2; exit 1; fi
+if [ -e kill ]; then kill -9 $$; fi
 echo 'sft: step 1/2, 0:01 left'
 if [ -e slow ]; then sleep 300 & echo $! > sleeper; wait; fi
 mkdir -p $1 && echo done > $1/file
@@ -44,7 +45,11 @@ def test_a_stage_runs_once_and_shows_its_lines(project: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("trouble", "message"),
-    [("fail", "sft: no GL driver; install one"), ("crash", "sft: it failed; what it said is above")],
+    [
+        ("fail", "sft: no GL driver; install one"),
+        ("crash", "sft: it failed; what it said is above"),
+        ("kill", "sft: killed, by hand or because memory ran out"),
+    ],
 )
 def test_a_stages_own_words_are_the_error(
     project: Path, capsys: pytest.CaptureFixture[str], trouble: str, message: str

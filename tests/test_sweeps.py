@@ -9,7 +9,7 @@ from projects import ROOT, make_project
 
 from pi0rl.errors import UserError
 from pi0rl.experiment import freeze, open_experiment
-from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep
+from pi0rl.sweeps import Sweep, describe, experiments, grid_points, load_sweep
 
 SWEEPS = sorted(path.stem for path in (ROOT / "params" / "sweeps").glob("*.yaml"))
 
@@ -81,6 +81,18 @@ def test_a_mistake_in_a_sweep_is_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="known ones: s"):
         load_sweep("t")
+
+
+def test_a_list_names_what_tells_the_points_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep("quickstart", ("runner.max_epochs=3",))
+    first, *_, last = describe(sweep, grid_points(sweep)).splitlines()
+    assert first == "lr3e-05-seed0  actor.optim.lr=3e-05  seed=0"
+    assert last == "at every point: runner.max_epochs=3"
+    search = describe(load_sweep("search"), ())
+    assert search.startswith("bayesian search, 12 trials, env/success_once is maximised\n  actor.optim.lr: low=1e-05")
+    with pytest.raises(UserError, match="overrides: lr: expected key=value"):
+        load_sweep("quickstart", ("lr",))
 
 
 def _expand(name: str) -> None:
