@@ -96,7 +96,9 @@ def _run_grid(name: str, plan: Sweep, concurrency: int | None) -> list[Outcome]:
                         run_experiments(f"{point} ", part, variables=variables)
                         done.add(part.reference)
 
-    futures = [run_point.submit(point.name, *rest) for point, *rest in zip(points, chains, needed, strict=True)]
+    futures = [
+        run_point.submit(point.name, chain, needs) for point, chain, needs in zip(points, chains, needed, strict=True)
+    ]
     try:
         wait(futures)
     except BaseException:

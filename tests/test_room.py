@@ -18,7 +18,7 @@ BIG = Machine(cores=16, memory=256.0, gpus=tuple("01234567"))
     ("placement", "machine", "expected"),
     [
         ("{env: cpu, rollout: cpu, actor: cpu}", BIG, 8),  # two workers each
-        ("{env: cpu, rollout: cpu, actor: cpu}", Machine(16, 5.0, ()), 3),  # 1.6 GiB each
+        ("{env: cpu, rollout: cpu, actor: cpu}", Machine(16, 6.0, ()), 3),  # 1.8 GiB each
         ("{env: cpu, rollout: cpu, actor: cpu}", Machine(1, 1.0, ()), 1),
         ("{env: cpu, rollout: 0, actor: 0-1}", BIG, 4),
         ("{env: all, rollout: all, actor: all}", BIG, 1),

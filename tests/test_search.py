@@ -64,7 +64,7 @@ def test_it_spends_its_budget_and_gives_hopeless_trials_up(trainings: Trainings,
 
 
 def test_a_bayesian_search_comes_closer_to_the_best(trainings: Trainings) -> None:
-    run_search("s", _plan(strategy="bayesian", trials=30))
+    run_search("s", _plan(strategy="bayesian", trials=40))
     distances = [abs(math.log(lr / BEST)) for lr in trainings.ran[-15:]]
     blind = math.log(100) / 2  # the mean distance of a draw from the space
     assert sum(distances) / 15 < 0.6 * blind

@@ -10,6 +10,9 @@ import pytest
 from mlflow import MlflowClient
 from projects import call, dvc, make_sweep
 
+from pi0rl.experiment import open_experiment
+from pi0rl.tracking.publish import dvc_hashes
+
 POINTS = ["lr0.0001-seed0", "lr0.0001-seed1", "lr0.0002-seed0", "lr0.0002-seed1"]
 
 
@@ -40,6 +43,9 @@ def test_a_sweep_outlives_its_points_and_runs_only_what_is_missing(
     files = [f"runs/sweeps/quickstart/{point}/dvc.yaml" for point in POINTS]
     assert "up to date" in dvc("status", *files, cwd=project)
     assert "Running stage" not in dvc("repro", *files, cwd=project)
+    monkeypatch.chdir(project)
+    hashes = [dvc_hashes(open_experiment(str(Path(file).parent))) for file in files]
+    assert [each.keys() for each in hashes] == [{"demos", "sft", "train"}] * 4  # those that the points share, too
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     run = client.get_run((project / "runs/sweeps/quickstart/mlflow_run_id").read_text().strip())
     assert (run.info.status, run.data.metrics["success/best"]) == ("FINISHED", 0.6)

@@ -68,21 +68,23 @@ def evaluation_metrics(rows: Sequence[dict[str, object]]) -> dict[str, float]:
 def dvc_hashes(experiment: Experiment) -> dict[str, str]:
     """stage -> hash of its folder in DVC's cache, as dvc.lock records it; empty before DVC ran a stage.
 
-    Stages that points of a sweep share stand in dvc.lock as what the point's own stages read.
+    Of stages that points of a sweep share, the point's dvc.lock names only what its own stages read; what made that
+    stands in the dvc.lock beside the shared SFT.
     """
-    lock = experiment.dvc_file.with_suffix(".lock")
-    if not lock.is_file():
-        return {}
-    entries = yaml.safe_load(lock.read_text())["stages"].values()
-    recorded = {
-        path["path"]: path["md5"]
-        for entry in entries
-        for path in (*entry.get("deps", []), *entry.get("outs", []))
-        if "md5" in path
-    }
+    recorded: dict[str, str] = {}
+    for lock in (experiment.sft_dir.parent / "dvc.lock", experiment.dvc_file.with_suffix(".lock")):
+        if lock.is_file():
+            recorded |= _locked(lock)
     folders = {stage: experiment.stage_dir(stage) for stage in ("demos", "sft", "train", "evaluate")}
     paths = {stage: str(folder.relative_to(experiment.root)) for stage, folder in folders.items()}
     return {stage: recorded[path] for stage, path in paths.items() if path in recorded}
+
+
+def _locked(lock: Path) -> dict[str, str]:
+    """Path -> hash of everything that the stages in a dvc.lock read and wrote."""
+    entries = yaml.safe_load(lock.read_text())["stages"].values()
+    paths = [path for entry in entries for path in (*entry.get("deps", []), *entry.get("outs", []))]
+    return {path["path"]: path["md5"] for path in paths if "md5" in path}
 
 
 def _table(path: Path) -> Table:
