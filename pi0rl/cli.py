@@ -28,7 +28,7 @@ STAGES = {
     "demos": "collect demonstrations with the scripted expert",
     "fetch": "start from an existing checkpoint instead of demos and sft",
     "sft": "train a policy by imitation",
-    "train": "improve it by reinforcement learning (goes on where it was interrupted)",
+    "train": "improve the policy by reinforcement learning (goes on where it was interrupted)",
     "evaluate": "play the fixed evaluation plan with both policies",
     "report": "write tables, curves and videos",
 }
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     descriptions = {"run": "the whole experiment, as a Prefect flow over the DVC stages", **STAGES}
     descriptions["status"] = "which stages are up to date, and why others are not"
     for name, description in descriptions.items():
-        command = commands.add_parser(name, help=description, description=description.capitalize() + ".")
+        command = commands.add_parser(name, help=description, description=_sentence(description))
         command.add_argument(
             "experiment",
             nargs="?" if name == "evaluate" else None,  # or --checkpoint
@@ -112,28 +112,35 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="one short iteration with the network shrunk; writes nothing"
             )
-    sweep = commands.add_parser("sweep", help="every point of a sweep in params/sweeps/, then their comparison")
+    description = "every point of a sweep in params/sweeps/, then their comparison"
+    sweep = commands.add_parser("sweep", help=description, description=_sentence(description))
     sweep.add_argument("sweep", help="a name in params/sweeps/ (quickstart)")
     sweep.add_argument("--list", action="store_true", help="only list the points")
     _add_overrides(sweep)
     description = "checkpoints that `pi0rl evaluate --checkpoint` examined, side by side and paired by episode"
-    compare = commands.add_parser("compare", help=description, description=description.capitalize() + ".")
+    compare = commands.add_parser("compare", help=description, description=_sentence(description))
     compare.add_argument("base", type=Path, help="the folder of the evaluation that the others are compared with")
     compare.add_argument("others", type=Path, nargs="+", help="folders of other evaluations")
     _restore_parser(commands)
     description = "run an MLflow run's experiment again and compare it to the bit"
-    command = commands.add_parser("reproduce", help=description, description=description.capitalize() + ".")
+    command = commands.add_parser("reproduce", help=description, description=_sentence(description))
     command.add_argument("run", help="id or name of the MLflow run")
     _checkpoint_parser(commands)
     _dataset_parser(commands)
-    plan = commands.add_parser("plan", help="the memory a training will take per device, and what would make it fit")
+    description = "the memory a training will take per device, and what would make it fit"
+    plan = commands.add_parser("plan", help=description, description=_sentence(description))
     plan.add_argument("experiment", help="a name in params/ (libero_10_ppo_openpi) or a params file")
     _add_overrides(plan)
     plan.add_argument("--gpus", type=int, help="of the machine (default: this one's, or as many as the params name)")
     plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each (default: this machine's, or 80)")
     plan.add_argument("--memory", type=float, metavar="GIB", help="main memory (default: this machine's, or 1000)")
-    commands.add_parser("doctor", help="check this machine: versions, rendering, simulator, disk, memory")
+    description = "check this machine: versions, rendering, simulator, disk, memory"
+    commands.add_parser("doctor", help=description, description=_sentence(description))
     return parser
+
+
+def _sentence(description: str) -> str:
+    return f"{description[0].upper()}{description[1:]}."  # capitalize() would write dvc and mlflow
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
@@ -191,14 +198,15 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _restore_parser(commands: argparse._SubParsersAction) -> None:
     description = "bring back the checkpoints that an MLflow run recorded, from DVC's cache or its remote"
-    command = commands.add_parser("restore", help=description, description=description.capitalize() + ".")
+    command = commands.add_parser("restore", help=description, description=_sentence(description))
     command.add_argument("run", help="id or name of the MLflow run")
     command.add_argument("--output", metavar="DIR", help="the folder to make (default: runs/restored/<run id>)")
 
 
 def _checkpoint_parser(commands: argparse._SubParsersAction) -> None:
     description = "look at a checkpoint, convert it (pi0rl, openpi, LeRobot; RLinf's is read), or bring one back"
-    actions = commands.add_parser("checkpoint", help=description).add_subparsers(dest="action", required=True)
+    command = commands.add_parser("checkpoint", help=description, description=_sentence(description))
+    actions = command.add_subparsers(dest="action", required=True)
     inspect = actions.add_parser("inspect", help="layout, variant, sizes, statistics, heads, tokenizer, origin, digest")
     convert = actions.add_parser("convert", help="write it in another layout")
     _restore_parser(actions)
@@ -227,7 +235,8 @@ def _checkpoint(options: argparse.Namespace) -> None:
 
 def _dataset_parser(commands: argparse._SubParsersAction) -> None:
     description = "look at a set of demonstrations (pi0rl's, LeRobot's, LIBERO's HDF5), or write it as a LeRobotDataset"
-    actions = commands.add_parser("dataset", help=description).add_subparsers(dest="action", required=True)
+    command = commands.add_parser("dataset", help=description, description=_sentence(description))
+    actions = command.add_subparsers(dest="action", required=True)
     inspect = actions.add_parser("inspect", help="format, tasks, episodes, steps, image size")
     inspect.add_argument("source", help="a folder, or a LeRobotDataset's hub id org/name@revision")
     inspect.add_argument("--fps", type=int, default=20, help="what a LeRobotDataset has to say of itself (default: 20)")
@@ -253,12 +262,10 @@ def _opened(options: argparse.Namespace) -> Experiment:
     return open_experiment(options.experiment, tuple(options.overrides), options.output)
 
 
-def _frozen(options: argparse.Namespace) -> Experiment:
-    """The experiment, its params and stages written to its folder; says so where other params lay there."""
-    experiment = _opened(options)
+def _freeze(experiment: Experiment) -> None:
+    """Write params and stages to the experiment's folder; says so where other params lay there."""
     if changes := freeze(experiment):
         print(f"{experiment.reference}: params changed ({', '.join(changes)}); what depends on them runs again")
-    return experiment
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -267,15 +274,16 @@ def _stage(options: argparse.Namespace) -> None:
         from pi0rl.stages.dry_run import dry_run
 
         return dry_run(options.experiment, _opened(options).params)
-    experiment = _frozen(options)
-    resolve(experiment)
-    if options.command == "resolve":
-        return
-    if options.command not in experiment.stages:
+    experiment = _opened(options)
+    if options.command not in (*experiment.stages, "resolve"):
         raise UserError(
             f"{experiment.name} has no stage {options.command}; its stages are {', '.join(experiment.stages)} "
             "(an experiment with fetch.checkpoint starts from it, without demos and sft)"
         )
+    _freeze(experiment)
+    resolve(experiment)
+    if options.command == "resolve":
+        return
     stage = import_module(f"pi0rl.stages.{options.command}")  # heavy imports only for those who run a stage
 
     started, clock = datetime.now(UTC), time.monotonic()
@@ -293,7 +301,8 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    experiment = _frozen(options)  # mistakes in params show before Prefect's start
+    experiment = _opened(options)  # mistakes in params show before Prefect's start
+    _freeze(experiment)
     return _flow(experiment.root, "flows.experiment", experiment.reference)
 
 

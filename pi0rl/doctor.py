@@ -17,6 +17,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from pi0rl.errors import UserError
+from pi0rl.libero.gl import requested_backends
 from pi0rl.libero.gl_probe import probe_backends
 from pi0rl.libero.settle import EXPECTED_DISTANCE, settle_probe
 from pi0rl.libero.suites import libero_root, suite_tasks
@@ -114,7 +115,16 @@ def _rendering() -> Iterator[Check]:
     for probe in probes:
         drawn = f"{probe.ms_per_frame:.1f} ms per 256 px frame, checksum {probe.checksum}, {probe.device}"
         yield Check(f"GL {probe.backend}", drawn if probe.works else probe.error, True if probe.works else None)
-    if not any(probe.works for probe in probes):
+    try:
+        requested = requested_backends()
+    except UserError as error:
+        yield Check("rendering", str(error), False, "unset MUJOCO_GL")
+        return
+    working = [probe.backend for probe in probes if probe.works]
+    if working and not set(working) & set(requested):
+        finding = f"MUJOCO_GL={requested[0]} forces what does not work here"
+        yield Check("rendering", finding, False, f"unset MUJOCO_GL, or set it to {working[0]}")
+    if not working:
         advice = (
             "install libegl1 libegl-mesa0 libgl1-mesa-dri libgbm1 (EGL) or libosmesa6 (OSMesa), "
             "or without root: pip install --no-deps lavavu-osmesa"

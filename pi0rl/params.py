@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from pi0rl.errors import UserError
 from pi0rl.rl.config import AlgorithmConfig, GuardConfig, OptimConfig, RewardConfig, UpdateConfig
@@ -431,7 +432,7 @@ def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
     try:
         return Params.model_validate(_only_keys_of(tree, resolved))
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}") from error
+        raise UserError(f"{_origin(path, overrides, error)}: {explain(error)}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -454,7 +455,9 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such params file; known ones: {', '.join(_known(path)) or 'none'}") from error
+        known = _known(path)
+        near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(path.stem, known, n=1))
+        raise UserError(f"{path}: no such params file; {near}known ones: {', '.join(known) or 'none'}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -502,8 +505,8 @@ def _only_keys_of(tree: Any, resolved: Any) -> Any:
 def explain(error: ValidationError, schema: type[BaseModel] = Params) -> str:
     """The first problem as one line: key, what is wrong, what was expected, the nearest key."""
     problems = error.errors()
-    problem = next((p for p in problems if p["type"] in UNKNOWN_KEY), problems[0])
-    key = ".".join(str(part) for part in problem["loc"])
+    problem = _first_problem(error)
+    key = _key(problem)
     if problem["type"] in UNKNOWN_KEY and (hint := rlinf_hint(key)):
         return f"{key}: {hint}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -516,6 +519,22 @@ def explain(error: ValidationError, schema: type[BaseModel] = Params) -> str:
     if not key:
         return message + more
     return f"{key}: {message}, got {problem['input']!r}{more}"
+
+
+def _first_problem(error: ValidationError) -> ErrorDetails:
+    problems = error.errors()
+    return next((problem for problem in problems if problem["type"] in UNKNOWN_KEY), problems[0])
+
+
+def _key(problem: ErrorDetails) -> str:
+    return ".".join(str(part) for part in problem["loc"])
+
+
+def _origin(path: Path, overrides: tuple[str, ...], error: ValidationError) -> str:
+    """Where the first problem was written: the last override of its key, else the file."""
+    key = _key(_first_problem(error))
+    theirs = [override for override in overrides if override.partition("=")[0].strip() == key]
+    return f"--set {theirs[-1]}" if theirs else str(path)
 
 
 def _keys_beside(loc: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:

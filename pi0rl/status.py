@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, changed_params
 
@@ -21,9 +23,11 @@ def print_status(experiment: Experiment) -> int:
         listed = ", ".join(changes)
         print(f"{experiment.reference}: lies there with other params ({listed}); `pi0rl run` would change them")
     stale = _dvc_status(experiment)
+    recorded = _recorded(experiment)
     width = max(map(len, experiment.stages))
     for stage in experiment.stages:
-        print(f"{stage:<{width}}  {_verdict(stale.get(stage))}")
+        verdict = _verdict(stale.get(stage)) if stage in recorded else "to do: has not run yet"
+        print(f"{stage:<{width}}  {verdict}")
     return 1 if stale or changes else 0
 
 
@@ -37,6 +41,12 @@ def _dvc_status(experiment: Experiment) -> dict[str, Any]:
         raise UserError(f"dvc status {file}: {lines[-1]}")
     # DVC names the stages of another folder runs/again/dvc.yaml:train
     return {name.rpartition(":")[2]: changes for name, changes in json.loads(result.stdout).items()}
+
+
+def _recorded(experiment: Experiment) -> set[str]:
+    """The stages whose last run DVC has recorded; of others it would only list all their inputs as modified."""
+    lock = experiment.dvc_file.with_name("dvc.lock")
+    return set(yaml.safe_load(lock.read_text())["stages"]) if lock.is_file() else set()
 
 
 def _verdict(changes: list[dict[str, dict[str, Any] | str]] | None) -> str:

@@ -21,7 +21,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("run", "quickstar"), ("params/quickstar.yaml", "known ones: quickstart")),
+        (("run", "quickstar"), ("params/quickstar.yaml", "did you mean quickstart?", "known ones: quickstart")),
+        (("run", "quickstart", "--set", "seeed=1"), ("--set seeed=1: unknown key seeed", "did you mean seed?")),
         (("run", "quickstart", "--set", "sftt.steps=3"), ("unknown key sftt", "did you mean sft?")),
         (("sft", "quickstart", "--set", "seed"), ("expected key=value",)),
         (("sft", "quickstart", "--output", "elsewhere"), ("--output elsewhere", "expected a folder below")),

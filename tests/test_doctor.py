@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pi0rl import doctor
 from pi0rl.doctor import SUITE_FILES, changed_files, suite_hash
+from pi0rl.libero.gl_probe import BackendProbe
 from pi0rl.libero.suites import SUITES
 
 
@@ -25,3 +27,14 @@ def test_changed_and_missing_files_of_a_package_are_found(tmp_path: Path, monkey
     (tmp_path / "changed.txt").write_text("abd")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert changed_files("sample") == {"same.txt": False, "changed.txt": True, "missing.txt": True}
+
+
+@pytest.mark.parametrize("forced", ["osmesa", "glfw"])
+def test_a_forced_back_end_that_does_not_work_fails(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = (BackendProbe("egl", works=True), BackendProbe("osmesa", works=False, error="no libOSMesa"))
+    monkeypatch.setattr(doctor, "probe_backends", lambda: probes)
+    monkeypatch.setenv("PI0RL_GL", forced)  # what MUJOCO_GL was when pi0rl.libero was imported
+    checks = {check.name: check for check in doctor._rendering()}
+    assert checks["rendering"].ok is False
+    assert f"MUJOCO_GL={forced}" in checks["rendering"].finding
+    assert "unset MUJOCO_GL" in checks["rendering"].advice

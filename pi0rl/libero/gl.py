@@ -89,7 +89,7 @@ def create_context() -> GLContext:
         UserError: No back end works; the message says why each failed and what to install.
     """
     reasons = []
-    for backend in _requested_backends():
+    for backend in requested_backends():
         try:
             return create_backend_context(backend)
         except BackendError as error:
@@ -121,7 +121,8 @@ def prefer_gpu(gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) else str(gpu)
 
 
-def _requested_backends() -> tuple[str, ...]:
+def requested_backends() -> tuple[str, ...]:
+    """What may be used here, in the order it is tried; raises UserError where `MUJOCO_GL` is no back end."""
     requested = os.environ.get("PI0RL_GL", "").strip().lower()  # the user's MUJOCO_GL, see __init__.py
     if requested in ("", "on", "true", "1", "enable", "enabled"):
         return BACKENDS
