@@ -86,7 +86,8 @@ class SftParams(Section):
     With ``target_success`` the success on official init states is measured every ``val_check_interval`` steps from
     ``val_check_start`` on, and imitation ends as soon as it is reached: a mediocre start for RL, whatever the seed.
     With ``val_demos_per_task`` the last demonstrations of every task are not learned from, and the loss on them is
-    measured just as often; ``demos_per_task`` takes the first few of every task alone.
+    measured just as often; ``demos_per_task`` takes the first few of every task alone. ``seed`` is the experiment's
+    unless given: give it, and experiments of several seeds start from one SFT policy.
 
     ``checkpoint`` (as ``fetch.checkpoint``) is what training starts from, with the statistics of these demonstrations;
     left out, a tiny policy is trained from scratch. ``train_expert_only`` and ``lora_rank`` (of adapters on the VLM)
@@ -96,6 +97,7 @@ class SftParams(Section):
     A run that was stopped goes on from where it was a multiple of ``save_interval`` steps.
     """
 
+    seed: NonNegative | None = None
     checkpoint: str | None = None
     demos_per_task: Positive | None = None
     val_demos_per_task: NonNegative = 0
@@ -261,6 +263,11 @@ class AlgorithmParams(AlgorithmConfig, RewardConfig, GuardConfig):
 
     rollout_epoch: Positive = 8
 
+    @property
+    def name(self) -> str:
+        """What reports call the trained policy: ppo or grpo."""
+        return "ppo" if self.adv_type == "gae" else "grpo"
+
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
         GuardConfig.__post_init__(self)
@@ -325,6 +332,12 @@ class Params(Section):
     runner: RunnerParams = RunnerParams()
     video_cfg: VideoParams = VideoParams()
     evaluation: EvaluationParams = EvaluationParams()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_imitation(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        sft = tree.get("sft") or {}
+        return {**tree, "sft": {"seed": tree.get("seed", 0), **sft}} if isinstance(sft, dict) else tree
 
     @model_validator(mode="before")
     @classmethod

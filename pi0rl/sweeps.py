@@ -74,6 +74,7 @@ class Sweep(_Section):
         axes: a grid. An axis is a list of values for the key that names it, or a mapping from labels to overrides.
         points: a list of overrides; with axes, every entry is combined with every cell of the grid.
         seeds: every point runs once per seed.
+        exclude: points to leave out: those that agree with all coordinates of an entry, ``{algorithm: grpo, seed: 1}``.
         concurrency: points at a time; left out, as many as fit the machine, see flows.room.
         search: a search in place of axes and points.
     """
@@ -83,6 +84,7 @@ class Sweep(_Section):
     axes: dict[str, list[Any] | dict[str, Overrides]] = {}
     points: list[Overrides] = []
     seeds: list[int] = Field(default=[0], min_length=1)
+    exclude: list[dict[str, Any]] = []
     concurrency: Annotated[int, Field(gt=0)] | None = None
     search: Search | None = None
 
@@ -143,7 +145,13 @@ def grid_points(sweep: Sweep) -> tuple[Point, ...]:
     axes = [[(axis, *cell) for cell in _cells(axis, values)] for axis, values in sweep.axes.items()]
     listed = [[("point", _label(entry), entry)] for entry in sweep.points]
     combinations = [[*cells, *extra] for cells in itertools.product(*axes) for extra in (listed or [[]])]
-    points = [make_point(sweep, cells, seed) for cells in combinations for seed in sweep.seeds]
+    every = [make_point(sweep, cells, seed) for cells in combinations for seed in sweep.seeds]
+    for entry in sweep.exclude:
+        if not any(_agrees(point, entry) for point in every):
+            raise UserError(f"sweep: exclude: {entry}: no point has these coordinates; they are axis: value, and seed")
+    points = [point for point in every if not any(_agrees(point, entry) for entry in sweep.exclude)]
+    if not points:
+        raise UserError("sweep: exclude leaves no point")
     names = [point.name for point in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"sweep: two points are both called {twice[0]}; give the axis labels (label: {{key: value}})")
@@ -225,6 +233,10 @@ def _read_overrides(texts: Sequence[str]) -> Overrides:
     if bad := next((key for key, separator, _ in pairs if not separator), None):
         raise UserError(f"overrides: {bad}: expected key=value, for example runner.max_epochs=4")
     return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _agrees(point: Point, entry: dict[str, Any]) -> bool:
+    return entry.items() <= point.coordinates.items()
 
 
 def _cells(axis: str, values: list[Any] | dict[str, Overrides]) -> list[tuple[Any, Overrides]]:

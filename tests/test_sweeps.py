@@ -60,6 +60,18 @@ def test_listed_points_and_seeds_multiply() -> None:
     assert points[1].overrides == ("sft.lr=0.1", "sft.steps=5", "seed=1")
 
 
+def test_what_is_excluded_is_left_out_and_one_sft_policy_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep("libero_spatial_tiny")
+    points = grid_points(sweep)
+    assert [point.name for point in points] == ["ppo-seed0", "ppo-seed1", "grpo-seed0", "ppo_flow_noise-seed0"]
+    chains = [experiments("libero_spatial_tiny", sweep, point) for point in points]
+    assert len({own.sft_dir for _, _, own in chains}) == 1
+    assert [own.params.seed for _, _, own in chains] == [0, 1, 0, 0]
+    with pytest.raises(UserError, match="no point has these coordinates"):
+        grid_points(sweep.model_copy(update={"exclude": [{"algorithm": "pppo"}]}))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -24,9 +24,9 @@ def run(experiment: Experiment) -> None:
     """Play and record; goes on where an interrupted evaluation of the same policies ended."""
     params = experiment.params
     exam = experiment_exam(params)
-    trained = "ppo" if params.algorithm.adv_type == "gae" else "grpo"
-    checkpoints = {name: experiment.stage_dir(stage) / "policy" for name, stage in (("sft", "sft"), (trained, "train"))}
-    for stage in ("sft", "train"):
+    stages = {"sft": "sft", params.algorithm.name: "train"}
+    checkpoints = {name: experiment.stage_dir(stage) / "policy" for name, stage in stages.items()}
+    for stage in stages.values():
         require_checkpoint(experiment.stage_dir(stage) / "policy", stage)
     journal = Journal(experiment.run_dir / ".evaluate.parts", _identity(exam, params, checkpoints))
     for name, checkpoint in checkpoints.items():

@@ -40,13 +40,14 @@ from pi0rl.stages.playing import evaluation_players
 def run(experiment: Experiment) -> None:
     """Train on ``demos/``, from scratch or from a checkpoint."""
     params, sft = experiment.params, experiment.params.sft
+    seed = _seed(params)
     demonstrations, held_out = split(load(experiment.stage_dir("demos")), sft.demos_per_task, sft.val_demos_per_task)
     start = _from_scratch if sft.checkpoint is None else _from_checkpoint
     policy = start(params, demonstrations).to(sft.device)
-    policy = with_lora(policy, None if sft.lora_rank is None else LoraConfig(sft.lora_rank, params.seed))
+    policy = with_lora(policy, None if sft.lora_rank is None else LoraConfig(sft.lora_rank, seed))
     policy.trainable_parameters(sft.train_expert_only)
     torch.set_num_threads(sft.num_threads)
-    training = Imitation(policy, demonstrations, sft, params.seed)
+    training = Imitation(policy, demonstrations, sft, seed)
     target = experiment.stage_dir("sft")
     unfinished = target.with_name(f".{target.name}.training.partial")
     rows = _go_on(training, unfinished, _kind(params, demonstrations))
@@ -77,6 +78,11 @@ def run(experiment: Experiment) -> None:
     unfinished.unlink(missing_ok=True)
 
 
+def _seed(params: Params) -> int:
+    assert params.sft.seed is not None  # the experiment's where the file names none
+    return params.sft.seed
+
+
 def _from_scratch(params: Params, demonstrations: Demonstrations) -> Policy:
     if params.actor.model.variant != "tiny":
         raise UserError(
@@ -86,7 +92,7 @@ def _from_scratch(params: Params, demonstrations: Demonstrations) -> Policy:
     prompts = tuple(task.language for suite in params.suites for task in suite_tasks(suite))
     statistics, mean_std = demonstrations.card["norm_stats"], Normalisation("mean_std", (), ())
     state_norm, action_norm = (_with(mean_std, statistics[name]) for name in ("state", "actions"))
-    return create_policy(TINY, tiny_processing(TINY, state_norm, action_norm, prompts), params.seed)
+    return create_policy(TINY, tiny_processing(TINY, state_norm, action_norm, prompts), _seed(params))
 
 
 def _from_checkpoint(params: Params, demonstrations: Demonstrations) -> Policy:
@@ -96,7 +102,7 @@ def _from_checkpoint(params: Params, demonstrations: Demonstrations) -> Policy:
     source = resolve(sft.checkpoint)
     policy = load_policy(source.directory)
     check_variant(policy.config, params.actor.model.variant, source.location)
-    policy = with_heads(policy, None, None, params.seed)
+    policy = with_heads(policy, None, None, _seed(params))
     policy.processing = _renormalised(policy.processing, demonstrations, policy.config.action_horizon)
     return policy
 
@@ -150,7 +156,7 @@ def _playing(
                 return {}
             with training.averaged():
                 players.load(policy_tensors(policy))
-            results = players.play(plan, NoiseKey(params.seed, VALIDATION_STREAM, 0), "eval")
+            results = players.play(plan, NoiseKey(_seed(params), VALIDATION_STREAM, 0), "eval")
             return {"sft/success_once": sum(result.success for result in results) / len(results)}
 
         yield play
@@ -159,7 +165,7 @@ def _playing(
 
 def _kind(params: Params, demonstrations: Demonstrations) -> str:
     """What a saved state has to agree with to be gone on from."""
-    described = [params.sft.model_dump(mode="json"), params.actor.model.model_dump(mode="json"), params.seed]
+    described = [params.sft.model_dump(mode="json"), params.actor.model.model_dump(mode="json")]
     text = json.dumps([*described, params.suites, demonstrations.card["fingerprint"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -253,6 +253,6 @@ def _tags(experiment: Experiment) -> dict[str, str]:
         "pi0rl.params_hash": params_hash(experiment.params),
         "pi0rl.seed": str(experiment.params.seed),
         "pi0rl.suites": ",".join(experiment.params.suites),
-        "pi0rl.algorithm": experiment.params.algorithm.adv_type,
+        "pi0rl.algorithm": experiment.params.algorithm.name,
         **{f"version.{name}": version for name, version in versions().items()},
     }
