@@ -1,7 +1,7 @@
 """A whole evaluation: episodes of one suite, a look every 10 steps, one process per core.
 
-Played by random actions, which never succeed, so that every episode lasts to its step limit, and by what the scripted
-expert did, so that nearly all end early. Policies lie in between.
+Played by what the scripted expert did, so that nearly all end early, as under a policy that is worth evaluating; and
+by random actions, which never succeed, so that every episode lasts to its step limit.
 """
 
 from __future__ import annotations
