@@ -140,14 +140,10 @@ def episode_actions(scene: Task, seed: int, init_state: np.ndarray, steps: int) 
     rng = np.random.default_rng(seed)
     simulation = Simulation(scene, seed)
     simulation.reset(init_state, settle_steps=0)
-    actions = []
-    try:
-        expert = Expert(simulation, rng)
-        while len(actions) < EXPERT_SHARE * steps and not simulation.success():
-            actions.append(expert.action())
-            simulation.step(actions[-1])
-    except UserError:  # no expert for this kind of goal
-        pass
+    actions, expert = [], Expert(simulation, rng)
+    while len(actions) < EXPERT_SHARE * steps and not simulation.success():
+        actions.append(expert.action())
+        simulation.step(actions[-1])
     return np.concatenate([np.reshape(actions, (-1, 7)), contact_rich_actions(rng, steps)])[:steps]
 
 

@@ -19,12 +19,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import StageProgress, show_results
+from flows.program import ERROR, exit_code
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, freeze, open_experiment
-from pi0rl.processes import Interrupted, raise_on_signals, run_child
+from pi0rl.processes import run_child
 from pi0rl.tracking.publish import catch_up
 
-ERROR = "pi0rl: error: "
 BIN = Path(sys.executable).parent
 
 _TOLD_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -167,15 +167,7 @@ def run_stages(
 def main(arguments: list[str]) -> int:
     """``python -m flows.experiment NAME``: the flow, its errors as one line."""
     (name,) = arguments
-    raise_on_signals()
-    try:
-        print(f"report: {libero_experiment(name)}")
-    except UserError as error:
-        print(f"{ERROR}{error}", file=sys.stderr)
-        return 2
-    except Interrupted as interruption:
-        return 128 + interruption.signum
-    return 0
+    return exit_code(lambda: print(f"report: {libero_experiment(name)}"))
 
 
 def _minutes(seconds: float) -> str:

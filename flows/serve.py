@@ -15,9 +15,10 @@ from urllib.request import urlopen
 from prefect.settings import get_current_settings
 
 from flows.prefect_plugin import API_URL
+from flows.program import exit_code
 from pi0rl.errors import UserError
 from pi0rl.experiment import project_root
-from pi0rl.processes import Interrupted, raise_on_signals, run_child, start_child, stop_descendants
+from pi0rl.processes import run_child, start_child, stop_descendants
 
 POOL = "pi0rl"
 BIN = Path(sys.executable).parent
@@ -91,18 +92,10 @@ def _await(api: str, server: subprocess.Popen[bytes]) -> None:
 
 def main() -> int:
     """``python -m flows.serve``."""
-    raise_on_signals()
     try:
-        serve(project_root())
-    except UserError as error:
-        print(f"pi0rl: error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as interruption:
-        print("stopping", file=sys.stderr)
-        return 128 + interruption.signum
+        return exit_code(lambda: serve(project_root()))
     finally:
         stop_descendants()
-    return 0
 
 
 if __name__ == "__main__":

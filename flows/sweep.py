@@ -17,13 +17,13 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import show_comparison
-from flows.experiment import ERROR
 from flows.points import Outcome, run_experiments
+from flows.program import exit_code
 from flows.room import Gpus, gpus_of, points_that_fit, this_machine
 from flows.search import run_search
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, open_experiment
-from pi0rl.processes import Interrupted, raise_on_signals, stop_descendants
+from pi0rl.processes import stop_descendants
 from pi0rl.report.sweep import Finished, write_sweep_report
 from pi0rl.sweeps import Sweep, experiments, grid_points, load_sweep, sweep_dir, sweep_report_dir
 from pi0rl.tracking.sweep import begin_sweep, finish_sweep
@@ -121,15 +121,7 @@ def _reason(state: State[None]) -> str:
 def main(arguments: list[str]) -> int:
     """``python -m flows.sweep NAME [KEY=VALUE ...]``: the flow, its errors as one line."""
     name, *overrides = arguments
-    raise_on_signals()
-    try:
-        print(f"comparison: {libero_sweep(name, overrides)}")
-    except UserError as error:
-        print(f"{ERROR}{error}", file=sys.stderr)
-        return 2
-    except Interrupted as interruption:
-        return 128 + interruption.signum
-    return 0
+    return exit_code(lambda: print(f"comparison: {libero_sweep(name, overrides)}"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -59,10 +60,13 @@ def commit(repository: Path) -> Commit:
     return Commit(head.strip(), dirty=bool(_git(repository, "status", "--porcelain", "--", *SOURCES)))
 
 
-def checkpoint_hashes(run: Path) -> dict[str, str]:
-    """SHA-256 of the weights that the stages ``sft`` and ``train`` left, by path relative to the run."""
-    files = [path for stage in ("sft", "train") for path in sorted((run / stage / "policy").glob("*.safetensors"))]
-    return {path.relative_to(run).as_posix(): _sha256(path) for path in files}
+def checkpoint_hashes(stages: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of the weights in ``policy/`` of each stage's folder, by ``<stage>/policy/<file>``."""
+    return {
+        f"{stage}/policy/{path.name}": _sha256(path)
+        for stage, folder in stages.items()
+        for path in sorted((folder / "policy").glob("*.safetensors"))
+    }
 
 
 def folder_hash(folder: Path) -> str:

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from browser import open_page
 
 from pi0rl.errors import UserError
@@ -221,6 +223,27 @@ def test_runs_that_differ_in_the_seed_alone_show_the_spread(run: Path, tmp_path:
     low, high = summary.after[1]
     assert low < summary.after[0] < high
     assert summarise_seeds([read_run(run)]) is None
+
+
+def test_seeds_that_start_from_one_policy_count_it_once(run: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / f"seed{seed}"
+        shutil.copytree(run, folder)
+        params = folder / "params.yaml"
+        params.write_text(f"seed: {seed}\nsft: {{seed: 0}}\n{params.read_text()}")
+        folders = {"run": f"runs/seed{seed}", "sft_dir": "runs/shared/sft"}
+        (folder / "dvc.yaml").write_text(yaml.safe_dump({"vars": [folders]}))
+    shutil.copytree(run / "sft", tmp_path / "runs" / "shared" / "sft")
+    first = tmp_path / "runs" / "seed0"
+    runs = [
+        read_run(folder) for folder in (first, *sibling_runs(load_params(first / "params.yaml"), tmp_path / "runs"))
+    ]
+    assert [each.sft_dir for each in runs] == [tmp_path / "runs" / "shared" / "sft"] * 2
+    summary, alone = summarise_seeds(runs), summarise_seeds([runs[0], replace(runs[1], sft_dir=runs[1].directory)])
+    assert summary is not None
+    assert alone is not None
+    assert summary.before[0] == alone.before[0]
+    assert summary.before[1] != alone.before[1]
 
 
 def test_failures_are_counted_and_shown_by_kind(run: Path, report: Path) -> None:

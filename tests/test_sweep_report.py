@@ -24,6 +24,7 @@ def results(policy: str, suite: str, before: Sequence[int], after: Sequence[int]
     n = 10 * len(before)
     return {
         "protocol": protocol,
+        "checkpoints_sha256": {"sft/policy/model.safetensors": f"{suite} {before}"},
         "rows": [
             {
                 "policy": name,
@@ -105,6 +106,13 @@ def test_what_else_was_varied_is_a_row_of_its_own_and_a_missing_suite_an_empty_c
     mean = table.rows[2].mean
     assert mean is not None
     assert mean.rate == pytest.approx((15 / 20 + 6 / 20) / 2)
+
+
+def test_a_start_that_seeds_share_counts_once() -> None:
+    points = [({"seed": seed}, results("ppo", "libero_goal", [4, 5], [8, 9 - seed])) for seed in (0, 1)]
+    sft, ppo = published_table(points, "held_out").rows
+    assert (sft.seeds, sft.cells["libero_goal"].n) == (1, 20)
+    assert (ppo.seeds, ppo.cells["libero_goal"].n) == (2, 40)
 
 
 def test_the_page_of_a_sweep_holds_every_point(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from pi0rl.errors import UserError
 from pi0rl.evaluation.completeness import require_complete
@@ -33,6 +35,7 @@ class Run:
 
     Attributes:
         directory: the folder of the run.
+        sft_dir: what ``sft`` or ``fetch`` left; points of a sweep share it.
         params: its frozen params.
         params_text: the text of their file.
         episodes: one row per policy and episode (`pi0rl.evaluation.completeness.EPISODE_COLUMNS`), complete.
@@ -44,6 +47,7 @@ class Run:
     """
 
     directory: Path
+    sft_dir: Path
     params: Params
     params_text: str
     episodes: pd.DataFrame
@@ -65,16 +69,17 @@ def read_run(directory: Path) -> Run:
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected the output of an earlier stage; run `pi0rl {stage}` first")
     episodes = pd.read_parquet(table)
-    params = load_params(params_file)
+    params, sft_dir = load_params(params_file), _sft_dir(directory)
     require_complete(episodes, experiment_exam(params).planned(), source=str(table))
     return Run(
         directory=directory,
+        sft_dir=sft_dir,
         params=params,
         params_text=params_file.read_text(encoding="utf-8"),
         episodes=episodes.sort_values(["policy", "split", "seed", "index"], ignore_index=True),
         metrics=_read_csv(directory / "train" / "metrics.csv"),
         timing=_read_csv(directory / "train" / "timing.csv"),
-        sft_metrics=_read_csv(directory / "sft" / "metrics.csv"),
+        sft_metrics=_read_csv(sft_dir / "metrics.csv"),
         alarms=tuple(read_alarms(directory / "train" / "alarms.csv")),
         stages=tuple(_stage_times(directory)),
     )
@@ -82,6 +87,15 @@ def read_run(directory: Path) -> Run:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+
+def _sft_dir(directory: Path) -> Path:
+    """Where the run's stages look for the SFT policy, as its own dvc.yaml has it."""
+    stages = directory / "dvc.yaml"
+    if not stages.is_file():  # the project's own experiment
+        return directory / "sft"
+    folders = yaml.safe_load(stages.read_text(encoding="utf-8"))["vars"][0]
+    return Path(os.path.normpath(directory / os.path.relpath(folders["sft_dir"], folders["run"])))
 
 
 def _stage_times(directory: Path) -> list[StageTime]:

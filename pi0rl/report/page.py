@@ -68,7 +68,7 @@ def results(run: Run, summary: Summary) -> dict[str, object]:
         "tasks": [asdict(task) for task in summary.tasks],
         "protocol": experiment_protocol(run.params).hash,
         "params_sha256": provenance.text_hash(run.params_text),
-        "checkpoints_sha256": provenance.checkpoint_hashes(run.directory),
+        "checkpoints_sha256": provenance.checkpoint_hashes({"sft": run.sft_dir, "train": run.directory / "train"}),
     }
 
 

@@ -14,6 +14,8 @@ from pi0rl.report.tables import BOOTSTRAP_SEED, POLICY_LABELS, SUITE_LABELS
 # suite -> training seed -> successes and episodes of every task, int [tasks, 2]
 Counts = dict[str, dict[Hashable, np.ndarray]]
 
+SFT_WEIGHTS = "sft/policy/model.safetensors"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -67,12 +69,18 @@ def published_table(points: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]
     axes = [axis for axis in dict.fromkeys(axis for coordinates, _ in points for axis in coordinates) if axis != "seed"]
     told = [axis for axis in axes if not _shown_by_the_table(points, axis)]
     counts: dict[tuple[str, str], Counts] = {}
+    starts: set[tuple[str, str, str]] = set()
     for coordinates, results in points:
         setting = ", ".join(f"{axis} {coordinates[axis]}" for axis in told if axis in coordinates)
         for policy, of_policy in _counts(results, split).items():
             for suite, tasks in of_policy.items():
-                of_suite = counts.setdefault((policy, setting), {}).setdefault(suite, {})
-                of_suite.setdefault(coordinates.get("seed", 0), tasks)
+                start = (setting, suite, results["checkpoints_sha256"][SFT_WEIGHTS])
+                if policy == "sft" and start in starts:
+                    continue  # several seeds began from this one policy
+                starts |= {start} if policy == "sft" else set()
+                counts.setdefault((policy, setting), {}).setdefault(suite, {}).setdefault(
+                    coordinates.get("seed", 0), tasks
+                )
     rows = [_row(policy, setting, cells) for (policy, setting), cells in _without_repetition(counts).items()]
     order = [*POLICY_LABELS, *sorted({row.policy for row in rows} - set(POLICY_LABELS))]
     suites = {suite for row in rows for suite in row.cells}

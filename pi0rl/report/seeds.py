@@ -32,7 +32,8 @@ class SeedSummary:
 
     Attributes:
         runs: one per seed, by seed.
-        before, after: mean over seeds and suites, with the interval of a bootstrap over tasks, seeds and episodes.
+        before, after: mean over seeds and suites, with the interval of a bootstrap over tasks, seeds and episodes; a
+            start that all seeds share counts once.
     """
 
     runs: tuple[SeedResult, ...]
@@ -50,9 +51,17 @@ def sibling_runs(params: Params, runs: Path) -> list[Path]:
             other = load_params(path)
         except UserError:  # made for other code
             continue
-        if other.seed != params.seed and other.model_copy(update={"seed": params.seed}) == params:
+        if other.seed != params.seed and _alike(other, params):
             found.setdefault(other.seed, path.parent)
     return [found[seed] for seed in sorted(found)]
+
+
+def _alike(other: Params, params: Params) -> bool:
+    """Whether they differ in the seed alone; imitation has either the same seed in both or the experiment's."""
+    seeds = (other.sft.seed, params.sft.seed)
+    sft = other.sft.model_copy(update={"seed": params.sft.seed})
+    same = other.model_copy(update={"seed": params.seed, "sft": sft}) == params
+    return same and (seeds[0] == seeds[1] or seeds == (other.seed, params.seed))
 
 
 def read_siblings(folders: Sequence[Path]) -> tuple[Run, ...]:
@@ -77,7 +86,8 @@ def summarise_seeds(runs: Sequence[Run]) -> SeedSummary | None:
         before, after = (_mean(run, policy) for policy in policies[:2])
         test = compare(run.episodes, policies[0], policies[1])
         results.append(SeedResult(run.directory.name, run.params.seed, before, after, test))
-    return SeedSummary(tuple(results), _pooled(runs, policies[0]), _pooled(runs, policies[1]))
+    starts = {run.sft_dir: run for run in runs if run.params.fetch is None} or {runs[0].sft_dir: runs[0]}
+    return SeedSummary(tuple(results), _pooled(list(starts.values()), policies[0]), _pooled(runs, policies[1]))
 
 
 def _cells(run: Run, policy: str) -> dict[str, np.ndarray]:
