@@ -157,7 +157,8 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group(
         "instead of an experiment, any checkpoint",
-        "openpi's, LeRobot's, RLinf's or our own; --set then changes the protocol, e.g. --set episodes_per_task=10",
+        "openpi's, LeRobot's, RLinf's or our own; --set then changes the protocol, e.g. --set episodes_per_task=10, or "
+        "--set instructions=permuted to see whether the policy listens",
     )
     group.add_argument("--checkpoint", metavar="PATH_OR_HUB", help="a folder, or a hub id org/name@revision")
     group.add_argument("--suites", metavar="A,B", default="libero_spatial,libero_object,libero_goal,libero_10")
@@ -184,7 +185,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             overrides=tuple(options.overrides),
             split=options.split,
             seeds=standalone.whole_numbers(options.seeds, "--seeds"),
-            output=Path(options.output or standalone.default_output(options.checkpoint, options.protocol)),
+            output=Path(
+                options.output or standalone.default_output(options.checkpoint, options.protocol, options.overrides)
+            ),
             workers=options.workers or standalone.default_workers(),
         )
     )

@@ -21,11 +21,16 @@ from pi0rl.evaluation.protocols import DEFAULT, LEROBOT, OPENPI, PROTOCOLS, RLIN
 from pi0rl.evaluation.statistics import episodes_to_separate, mcnemar
 from pi0rl.evaluation.table import episode_row, episode_table, write_episode_table
 from pi0rl.libero.failures import failure_kind
-from pi0rl.libero.plan import Episode
+from pi0rl.libero.plan import Episode, episode_language, episode_task, with_permuted_instructions
 from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.slots import EpisodeResult, SlotConfig, Slots
-from pi0rl.libero.suites import official_init_states, task
+from pi0rl.libero.suites import official_init_states, suite_tasks, task
 from pi0rl.params import load_params
+from pi0rl.policy.checkpoints import save_policy
+from pi0rl.policy.config import TINY
+from pi0rl.policy.policy import create_policy
+from pi0rl.policy.processing import mean_std, tiny_processing
+from pi0rl.stages.compare import read_evaluation
 
 SMALL = protocol_named(
     "default",
@@ -216,6 +221,7 @@ def test_an_experiment_may_be_judged_on_both_splits_with_several_seeds(tmp_path:
         (("--checkpoint", "x", "--suites", "libero_objct"), "did you mean 'libero_object'?"),
         (("--checkpoint", "x", "--seeds", "1,1"), "--seeds 1,1: expected different whole numbers"),
         (("--checkpoint", "x", "--set", "episodes_per_task=51"), "init states 0 to 50 asked for"),
+        (("--checkpoint", "x", "--set", "instructions=other"), "--set instructions=other: expected own or permuted"),
         (("--checkpoint", "x", "--output", "."), "--output .: exists and holds no evaluation"),
     ],
 )
@@ -225,6 +231,46 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert main(["evaluate", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_permuted_instructions_are_all_others_and_another_exam(monkeypatch: pytest.MonkeyPatch) -> None:
+    permuted = protocol_named("default", ("instructions=permuted",))
+    assert permuted.hash != DEFAULT.hash == replace(permuted, instructions="own").hash
+    exam = Exam(permuted, ("libero_goal", "libero_90"), ("official",), (0,))
+    plan, plain = exam.plan("official"), Exam(DEFAULT, exam.suites, exam.splits, exam.seeds).plan("official")
+    assert plan == exam.plan("official")
+    assert tuple(replace(episode, instruction=None) for episode in plan) == plain
+    for suite, init_state_id in (("libero_goal", 0), ("libero_goal", 1), ("libero_90", 0)):
+        rows = [row for row in plan if (row.suite, row.init_state_id) == (suite, init_state_id)]
+        assert {row.instruction for row in rows} == {row.task_id for row in rows}
+        assert all(episode_language(row) != episode_task(row).language for row in rows)
+    assert plan[0].instruction != plan[1].instruction or plan[0].instruction != plan[2].instruction
+    other = Exam(replace(permuted, scene_seed=5), exam.suites, exam.splits, exam.seeds).plan("official")
+    assert [row.instruction for row in other] != [row.instruction for row in plan]
+    assert Slots(1, EXAM.slot()).start(plan[:1]).observation.prompt == (episode_language(plan[0]),)
+    alike = [replace(goal, language="do it") for goal in suite_tasks("libero_goal")]
+    monkeypatch.setattr("pi0rl.libero.plan.suite_tasks", lambda suite: alike)
+    with pytest.raises(UserError, match="10 tasks have 1 different instructions"):
+        with_permuted_instructions(plain, 0)
+
+
+def test_a_policy_examined_with_permuted_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pi0rl.stages.evaluate_checkpoint.Exam", OneTask)
+    rng, prompts = np.random.default_rng(0), tuple(goal.language for goal in suite_tasks("libero_goal"))
+    statistics = mean_std(rng.normal(size=(9, 8))), mean_std(rng.normal(size=(9, 7)))
+    save_policy(create_policy(TINY, tiny_processing(TINY, *statistics, prompts), seed=0), tmp_path / "policy")
+    changes = ("episodes_per_task=2", "max_steps=8", "replan_steps=8", "camera_size=64", "render_profile=fast")
+    settings = [part for change in (*changes, "instructions=permuted") for part in ("--set", change)]
+    command = ["evaluate", "--checkpoint", str(tmp_path / "policy"), "--suites", "libero_goal", "--workers", "1"]
+    assert main([*command, *settings, "--output", str(tmp_path / "out")]) == 0
+    assert "instructions=permuted" in capsys.readouterr().out
+    table, evaluation = pd.read_parquet(tmp_path / "out/episodes.parquet"), read_evaluation(tmp_path / "out")
+    plan = Exam(evaluation.protocol, ("libero_goal",), ("official",), (0,)).plan("official")[:2]
+    assert table["language"].tolist() == [episode_language(episode) for episode in plan]
+    assert set(table["language"]) <= {*prompts} - {prompts[0]}
+    assert set(table["protocol"]) == {evaluation.protocol.hash}
 
 
 def _evaluated(folder: Path, rate: float, protocol: Protocol = SMALL) -> Path:

@@ -17,7 +17,7 @@ EPISODE_COLUMNS: dict[str, str] = {
     "suite": "LIBERO's suite",
     "task_id": "the task within its suite",
     "task": "LIBERO's name of the task",
-    "language": "the instruction",
+    "language": "the instruction that the policy was given",
     "init_state_id": "init state, an index into those of the split",
     "state_hash": "hash of the init state's positions and velocities",
     "scene_seed": "what placed the fixtures",

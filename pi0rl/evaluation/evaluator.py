@@ -13,7 +13,7 @@ from pi0rl.evaluation.completeness import MAX_ERROR_SHARE, one_line
 from pi0rl.evaluation.journal import Journal
 from pi0rl.evaluation.protocols import Protocol, experiment_protocol
 from pi0rl.evaluation.table import Row, episode_row
-from pi0rl.libero.plan import Episode, Split, evaluation_plan
+from pi0rl.libero.plan import Episode, Split, evaluation_plan, with_permuted_instructions
 from pi0rl.libero.slots import EpisodeResult, SlotConfig
 from pi0rl.libero.video import VideoConfig, write_video
 from pi0rl.params import Params
@@ -41,10 +41,13 @@ class Exam:
         """The episodes of one pass.
 
         Raises:
-            UserError: the split has fewer init states than the protocol asks for, or a suite is unknown.
+            UserError: the split has fewer init states than the protocol asks for, a suite is unknown, or it has too few
+                instructions to permute.
         """
         protocol = self.protocol
         plan = evaluation_plan(self.suites, split, protocol.episodes_per_task, protocol.scene_seed)
+        if protocol.instructions == "permuted":
+            plan = with_permuted_instructions(plan, protocol.scene_seed)
         if protocol.scene_seeds == "one":
             return plan
         return tuple(replace(episode, seed=protocol.scene_seed + episode.init_state_id) for episode in plan)

@@ -44,6 +44,8 @@ class Protocol:
             ``continue`` plays on to the limit, where an object may be dropped again.
         scene_seed: places the fixtures, which an init state does not hold.
         scene_seeds: ``one`` for all episodes of a task, or one more ``per_episode`` (scene_seed + init state).
+        instructions: the task's ``own``, or ``permuted``: that of another task of the suite, drawn from scene_seed and
+            init state, while success is judged by the task's own goal. What then still succeeds did not need words.
     """
 
     name: str
@@ -56,11 +58,14 @@ class Protocol:
     after_success: Literal["stop", "continue"]
     scene_seed: int
     scene_seeds: Literal["one", "per_episode"]
+    instructions: Literal["own", "permuted"] = "own"
 
     @property
     def hash(self) -> str:
         """12 hex digits that name everything but the name."""
         values = {key: value for key, value in asdict(self).items() if key != "name"}
+        if self.instructions == "own":
+            del values["instructions"]  # younger than the hashes that are published
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def rule(self, suite: str) -> SuiteRule:
@@ -139,6 +144,7 @@ _CHOICES = {
     "render_profile": ("reference", "fast"),
     "after_success": ("stop", "continue"),
     "scene_seeds": ("one", "per_episode"),
+    "instructions": ("own", "permuted"),
 }
 _PER_SUITE = ("max_steps", "replan_steps")
 

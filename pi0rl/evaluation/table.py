@@ -10,7 +10,7 @@ import pandas as pd
 
 from pi0rl.evaluation.completeness import EPISODE_COLUMNS
 from pi0rl.evaluation.statistics import EPISODE_KEY
-from pi0rl.libero.plan import Episode, episode_init_state, episode_task
+from pi0rl.libero.plan import Episode, episode_init_state, episode_language, episode_task
 from pi0rl.libero.slots import EpisodeResult
 from pi0rl.libero.suites import state_hash
 
@@ -37,7 +37,7 @@ def episode_row(policy: str, protocol: str, seed: int, episode: Episode, result:
         "suite": episode.suite,
         "task_id": episode.task_id,
         "task": task.name,
-        "language": task.language,
+        "language": episode_language(episode),
         "init_state_id": episode.init_state_id,
         "state_hash": state_hash(episode_init_state(episode)),
         "scene_seed": episode.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,9 @@ from pi0rl.errors import UserError
 from pi0rl.libero.suites import Task, held_out_init_states, official_init_states, suite_tasks
 
 Split = Literal["official", "held_out"]
+
+# About one permutation in three moves everything; where instructions repeat (LIBERO-90) far fewer do.
+_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Episode:
         seed: The simulation's seed: it decides where LIBERO puts the fixtures. One value per plan, so that all
             episodes of a task share one compiled scene.
         group: Episodes of one group share task and init state (GRPO compares them with one another).
+        instruction: The task of the suite whose instruction the policy is given; None: the episode's own. Success is
+            judged by the episode's own task in either case.
     """
 
     index: int
@@ -34,6 +39,7 @@ class Episode:
     init_state_id: int
     seed: int
     group: int = 0
+    instruction: int | None = None
 
 
 def init_states(task: Task, split: Split) -> np.ndarray:
@@ -54,6 +60,12 @@ def episode_task(episode: Episode) -> Task:
     return suite_tasks(episode.suite)[episode.task_id]
 
 
+def episode_language(episode: Episode) -> str:
+    """The instruction that the policy is given."""
+    instruction = episode.task_id if episode.instruction is None else episode.instruction
+    return suite_tasks(episode.suite)[instruction].language
+
+
 def episode_init_state(episode: Episode) -> np.ndarray:
     """The init state of an episode, float64 [state]."""
     return init_states(episode_task(episode), episode.split)[episode.init_state_id]
@@ -72,6 +84,36 @@ def evaluation_plan(suites: Sequence[str], split: Split, episodes_per_task: int,
             index = len(episodes)
             episodes.append(Episode(index, task.suite, task.task_id, split, init_state_id, seed, group=index))
     return tuple(episodes)
+
+
+def with_permuted_instructions(plan: Sequence[Episode], seed: int) -> tuple[Episode, ...]:
+    """The same episodes, each with the instruction of another task of its suite.
+
+    Episodes of one suite and init state change instructions among all tasks of the suite: every one is given once, and
+    none to the task it belongs to. Who gets which depends on (`seed`, init state) alone.
+
+    Raises:
+        UserError: A suite does not have enough different instructions.
+    """
+    given: dict[tuple[str, int], tuple[int, ...]] = {}
+    for suite, init_state_id in dict.fromkeys((episode.suite, episode.init_state_id) for episode in plan):
+        languages = [task.language for task in suite_tasks(suite)]
+        given[suite, init_state_id] = _derangement(suite, languages, (seed, init_state_id))
+    return tuple(
+        replace(episode, instruction=given[episode.suite, episode.init_state_id][episode.task_id]) for episode in plan
+    )
+
+
+def _derangement(suite: str, languages: Sequence[str], key: tuple[int, ...]) -> tuple[int, ...]:
+    generator = np.random.default_rng(key)
+    for _ in range(_DRAWS):
+        order = generator.permutation(len(languages)).tolist()
+        if all(languages[other] != own for other, own in zip(order, languages, strict=True)):
+            return tuple(order)
+    raise UserError(
+        f"{suite}: its {len(languages)} tasks have {len(set(languages))} different instructions, too few to give every "
+        "task another one's; permute those of another suite"
+    )
 
 
 def training_plan(

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from pi0rl.libero.failures import ObjectTrace
-from pi0rl.libero.plan import Episode, episode_init_state, episode_task
+from pi0rl.libero.plan import Episode, episode_init_state, episode_language, episode_task
 from pi0rl.libero.rendering import PROFILES, Renderer
 from pi0rl.libero.simulation import RenderState, Simulation
 from pi0rl.libero.suites import Task, state_hash
@@ -269,7 +269,7 @@ class Slots:
             wrist[row] = self._renderer.render(task, slot.episode.seed, render_state, "robot0_eye_in_hand")
             state[row] = slot.simulation.state()
             slot.looks.append(slot.steps)
-            prompts[row] = task.language
+            prompts[row] = episode_language(slot.episode)
         self.seconds["render"] += time.perf_counter() - started
         return Look(
             observation=Observation(base, wrist, state, tuple(prompts)),

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pi0rl.errors import UserError
-from pi0rl.libero.plan import Episode, episode_task
+from pi0rl.libero.plan import Episode, episode_language, episode_task
 from pi0rl.libero.rendering import PROFILES, Renderer
 from pi0rl.libero.slots import EpisodeResult, Footage
 
@@ -69,7 +69,7 @@ def write_video(path: Path, result: EpisodeResult, episode: Episode, config: Vid
     for step, picture in episode_pictures(result.footage, episode, config):
         if config.info:
             success = result.footage.success[step]
-            title = f"{task.suite} {task.task_id}: {task.language}"
+            title = f"{task.suite} {task.task_id}: {episode_language(episode)}"
             picture = annotated(picture, title, step, reward=float(success), success=success)
         frames.append(picture)
     encode(path, np.stack(frames), _STEPS_PER_SECOND / config.stride)

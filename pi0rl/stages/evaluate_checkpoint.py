@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,11 +101,11 @@ def run(request: Request) -> None:
     print("\n".join([*results, "", f"Written to {output}."]))
 
 
-def default_output(checkpoint: str, protocol: str) -> Path:
-    """``runs/evaluations/<checkpoint>-<protocol>``."""
+def default_output(checkpoint: str, protocol: str, overrides: Sequence[str] = ()) -> Path:
+    """``runs/evaluations/<checkpoint>-<protocol>``, and what of the protocol is changed."""
     path = Path(checkpoint)
     name = f"{path.resolve().parents[1].name}-{path.resolve().parent.name}" if path.is_dir() else checkpoint
-    return Path("runs", "evaluations", f"{name}-{protocol}".replace("/", "-").replace("@", "-"))
+    return Path("runs", "evaluations", re.sub("[/@=]", "-", "-".join((name, protocol, *overrides))))
 
 
 def default_workers() -> int:
