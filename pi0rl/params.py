@@ -95,6 +95,9 @@ class SftParams(Section):
     weights, which is what is measured and saved (openpi: 0.99); ``mixed_precision`` computes in bfloat16.
     ``augmentation: openpi`` crops, turns and recolours the images; ``image_shift`` moves them by some pixels.
     A run that was stopped goes on from where it was a multiple of ``save_interval`` steps.
+
+    Where ``cluster.component_placement`` gives the actor several places of the kind of ``device`` (GPUs, or nodes'
+    cores), as many processes share every batch.
     """
 
     seed: NonNegative | None = None

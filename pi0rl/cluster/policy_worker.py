@@ -6,17 +6,15 @@ weights that act are the weights that were updated.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import ray
 from torch import Tensor
 
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.rollout_worker import NoiseKey, PlayMode, RolloutWorker
+from pi0rl.cluster.team import meeting_place
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import Look
 from pi0rl.rl.config import RewardConfig
@@ -70,9 +68,7 @@ class PolicyWorker:
 
     def rendezvous(self) -> str:
         """An address on this node at which the actors may meet."""
-        host = ray.util.get_node_ip_address()
-        with closing(socket.create_server((host, 0))) as server:
-            return f"tcp://{host}:{server.getsockname()[1]}"
+        return meeting_place()
 
     def join(self, address: str, rank: int, size: int) -> None:
         self._learning.join(address, rank, size)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from torch import nn
 
 # One micro batch of the slowest; the first one compiles kernels.
 TEAM_SECONDS = 1800.0
+
+
+def meeting_place() -> str:
+    """An address on this node at which a team may meet."""
+    host = ray.util.get_node_ip_address()
+    with closing(socket.create_server((host, 0))) as server:
+        return f"tcp://{host}:{server.getsockname()[1]}"
 
 
 class ProcessTeam:

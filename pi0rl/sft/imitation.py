@@ -16,6 +16,7 @@ from pi0rl.observation import Observation
 from pi0rl.params import SftParams
 from pi0rl.policy.model import ModelInputs, sample_training_time
 from pi0rl.policy.policy import Policy
+from pi0rl.rl.update import Alone, Team
 from pi0rl.sft.augmentation import augment
 from pi0rl.sft.demonstrations import Demonstrations
 
@@ -50,14 +51,23 @@ class Imitation:
         demonstrations: what to imitate.
         params: how.
         seed: decides batches, noise, times and augmentation.
+        team: who shares every batch; all have to be given the same, and all take the same steps.
 
     Attributes:
         done: optimiser steps so far.
     """
 
-    def __init__(self, policy: Policy, demonstrations: Demonstrations, params: SftParams, seed: int):
+    def __init__(
+        self,
+        policy: Policy,
+        demonstrations: Demonstrations,
+        params: SftParams,
+        seed: int,
+        team: Team | None = None,
+    ):
         torch.use_deterministic_algorithms(True)
         self.done = 0
+        self._team = team or Alone()
         self._policy, self._demonstrations, self._params = policy, demonstrations, params
         self._targets = network_targets(policy, demonstrations)
         self._generator = np.random.default_rng([seed, 0])
@@ -86,12 +96,14 @@ class Imitation:
         noise = torch.randn(target.shape, generator=self._torch_generator)
         time = sample_training_time(len(rows), self._torch_generator)
         self._optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for part in torch.arange(len(rows)).chunk(params.gradient_accumulation):
+        losses, team = [], self._team
+        for part in torch.arange(len(rows)).chunk(params.gradient_accumulation * team.size)[team.rank :: team.size]:
             of_part = inputs if len(part) == len(rows) else inputs.rows(part.to(self._policy.device))
             mean = self._loss(of_part, target[part], noise[part], time[part]) * (len(part) / len(rows))
             mean.backward()
-            loss += float(mean.detach())
+            losses.append(float(mean.detach()))
+        team.sum_gradients(self._trained)
+        loss = sum(team.gather(losses))
         norm = torch.nn.utils.clip_grad_norm_(self._trained, params.clip_grad, error_if_nonfinite=True)
         self._optimizer.step()
         self._follow()
@@ -143,7 +155,10 @@ class Imitation:
         """Go on from a :meth:`state` of the same policy, demonstrations and params."""
         self.done, self._taken, self._order = state["done"], state["taken"], state["order"].numpy()
         self._put(state["weights"])
-        self._average = state["average"]
+        if self._average is not None:
+            self._average = [
+                value.to(weight.device) for value, weight in zip(state["average"], self._trained, strict=True)
+            ]
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.bit_generator.state = state["generator"]
         for generator, saved in zip((self._torch_generator, self._augmenting), state["torch_generators"], strict=True):

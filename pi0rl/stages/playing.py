@@ -11,8 +11,10 @@ from ray.exceptions import RayTaskError
 
 from pi0rl.cluster.loop import EVALUATION_STREAM
 from pi0rl.cluster.placement import resolve_placement
-from pi0rl.cluster.players import Players, PlayersConfig, open_players
+from pi0rl.cluster.players import Players, PlayersConfig, open_players, rollout_maker
+from pi0rl.cluster.policies import start_policies
 from pi0rl.cluster.preflight import playing_needs, preflight
+from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.cluster.setup import players_config
@@ -24,9 +26,13 @@ from pi0rl.params import ClusterParams, Params
 
 
 @contextmanager
-def evaluation_players(params: Params, checkpoint: Path) -> Iterator[Players]:
-    """Players for evaluation in a Ray session of their own."""
-    with players(params.cluster, players_config(params, params.env.eval), checkpoint) as opened:
+def evaluation_players(params: Params, checkpoint: Path, room: Reservation | None = None) -> Iterator[Players]:
+    """Players for evaluation in ``room``, or in a Ray session of their own."""
+    config = players_config(params, params.env.eval)
+    if room is not None:
+        yield Players(config, room, start_policies(room, rollout_maker(config, checkpoint)).rollouts)
+        return
+    with players(params.cluster, config, checkpoint) as opened:
         yield opened
 
 

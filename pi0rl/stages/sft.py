@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +16,49 @@ import pandas as pd
 import torch
 
 from pi0rl.cluster.loop import VALIDATION_STREAM
+from pi0rl.cluster.placement import Component, resolve_placement
+from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import NoiseKey
+from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_directory
 from pi0rl.libero.plan import evaluation_plan
 from pi0rl.libero.suites import suite_tasks
 from pi0rl.params import Params
-from pi0rl.policy.checkpoints import load_policy, save_policy
+from pi0rl.policy.checkpoints import load_policy
 from pi0rl.policy.config import TINY
 from pi0rl.policy.description import check_variant
 from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.policy import Policy, create_policy, with_heads
-from pi0rl.policy.precision import set_precision
 from pi0rl.policy.processing import Normalisation, Processing, tiny_processing
 from pi0rl.policy.sources import resolve
-from pi0rl.policy.weights import policy_tensors
 from pi0rl.progress import Progress
-from pi0rl.sft.demonstrations import Demonstrations, load, normalisation, split
+from pi0rl.rl.update import Team
+from pi0rl.sft.demonstrations import Demonstrations, load, normalisation, read_card, split
 from pi0rl.sft.imitation import Imitation, action_windows
+from pi0rl.sft.training import SharedTraining, Training
 from pi0rl.stages.playing import evaluation_players
 
 
 def run(experiment: Experiment) -> None:
-    """Train on ``demos/``, from scratch or from a checkpoint."""
-    params, sft = experiment.params, experiment.params.sft
-    seed = _seed(params)
-    demonstrations, held_out = split(load(experiment.stage_dir("demos")), sft.demos_per_task, sft.val_demos_per_task)
-    start = _from_scratch if sft.checkpoint is None else _from_checkpoint
-    policy = start(params, demonstrations).to(sft.device)
-    policy = with_lora(policy, None if sft.lora_rank is None else LoraConfig(sft.lora_rank, seed))
-    policy.trainable_parameters(sft.train_expert_only)
-    torch.set_num_threads(sft.num_threads)
-    training = Imitation(policy, demonstrations, sft, seed)
+    """Train on ``demos/``, from scratch or from a checkpoint, in as many processes as the actor has places."""
+    params, sft, demos = experiment.params, experiment.params.sft, experiment.stage_dir("demos")
     target = experiment.stage_dir("sft")
     unfinished = target.with_name(f".{target.name}.training.partial")
-    rows = _go_on(training, unfinished, _kind(params, demonstrations))
+    kind = _kind(params, read_card(demos))
     progress = Progress("sft", sft.steps, "step")
     with (
+        _begun(params, demos) as (training, room),
         replace_directory(target) as folder,
-        _playing(params, training, policy, folder) as played,
+        _playing(params, training, room, folder) as played,
     ):
+        rows = training.go_on(unfinished, kind)
         while training.done < sft.steps and not _reached(params, rows):
             step = training.step()
             row = {"step": step.step, "sft/loss": step.loss, "sft/grad_norm": step.grad_norm, "sft/lr": step.lr}
-            if len(held_out.looks) and _due(params, step.step):
-                with training.averaged():
-                    row["sft/val_loss"] = training.validation_loss(held_out)
+            if sft.val_demos_per_task and _due(params, step.step):
+                row["sft/val_loss"] = training.validation_loss()
             row |= played(step.step)
             rows.append(row)
             success = row.get("sft/success_once")
@@ -69,11 +66,8 @@ def run(experiment: Experiment) -> None:
                 step.step, f"loss {step.loss:.4f}" + ("" if success is None else f", success {success:.2f}")
             )
             if sft.save_interval is not None and step.step % sft.save_interval == 0:
-                _save(training, rows, unfinished, _kind(params, demonstrations))
-        with training.averaged():
-            if params.actor.model.precision is not None or sft.checkpoint is None:
-                set_precision(policy, params.actor.model.precision or "fp32")
-            save_policy(policy, folder / "policy")
+                training.save_state(unfinished, kind, rows)
+        training.save(folder / "policy", params.actor.model.precision or ("fp32" if sft.checkpoint is None else None))
         pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
     unfinished.unlink(missing_ok=True)
 
@@ -81,6 +75,44 @@ def run(experiment: Experiment) -> None:
 def _seed(params: Params) -> int:
     assert params.sft.seed is not None  # the experiment's where the file names none
     return params.sft.seed
+
+
+@contextmanager
+def _begun(params: Params, demos: Path) -> Iterator[tuple[Training | SharedTraining, Reservation | None]]:
+    """The training at its start; where several processes share it, with the room in which they do."""
+    if _processes(params) == 1:
+        yield _begin(params, demos, params.sft.device, None), None
+        return
+    plays = params.sft.target_success is not None
+    with ray_session(params.cluster, params.env.eval.workers):
+        placement = resolve_placement(params.cluster, gpus_per_node())
+        components: tuple[Component, ...] = ("env", "rollout", "actor") if plays else ("actor",)
+        with Reservation(placement, params.env.eval.workers, components) as room:
+            yield SharedTraining(partial(_begin, params, demos), room), room
+
+
+def _processes(params: Params) -> int:
+    """One per place of the actor, where these are what ``sft.device`` says (GPUs, or nodes' cores); else one."""
+    cluster = params.cluster
+    placed = {part.strip(): value for key, value in cluster.component_placement.items() for part in key.split(",")}
+    actor = placed.get("actor", "cpu")
+    on_cores = actor == "cpu" or isinstance(actor, dict)
+    if on_cores != (params.sft.device == "cpu"):
+        return 1
+    gpus = 0 if on_cores else torch.cuda.device_count()
+    alone = cluster.model_copy(update={"component_placement": {"env,rollout": "cpu", "actor": actor}})
+    return len(resolve_placement(alone, (gpus,) * cluster.num_nodes).seats("actor"))
+
+
+def _begin(params: Params, demos: Path, device: str, team: Team | None) -> Training:
+    sft = params.sft
+    demonstrations, held_out = split(load(demos), sft.demos_per_task, sft.val_demos_per_task)
+    start = _from_scratch if sft.checkpoint is None else _from_checkpoint
+    policy = start(params, demonstrations).to(device)
+    policy = with_lora(policy, None if sft.lora_rank is None else LoraConfig(sft.lora_rank, _seed(params)))
+    policy.trainable_parameters(sft.train_expert_only)
+    torch.set_num_threads(sft.num_threads)
+    return Training(policy, Imitation(policy, demonstrations, sft, _seed(params), team), held_out)
 
 
 def _from_scratch(params: Params, demonstrations: Demonstrations) -> Policy:
@@ -140,22 +172,21 @@ def _reached(params: Params, rows: list[dict[str, float]]) -> bool:
 
 @contextmanager
 def _playing(
-    params: Params, training: Imitation, policy: Policy, folder: Path
+    params: Params, training: Training | SharedTraining, room: Reservation | None, folder: Path
 ) -> Iterator[Callable[[int], dict[str, float]]]:
-    """A function from a training step to the success of ``policy`` on official init states; empty where not due."""
+    """A function from a training step to the policy's success on official init states; empty where not due."""
     if params.sft.target_success is None:
         yield lambda step: {}
         return
     snapshot = folder / ".snapshot"
-    save_policy(policy, snapshot)
+    training.save(snapshot)
     plan = evaluation_plan(params.suites, "official", params.sft.val_episodes_per_task, params.env.seed)
-    with evaluation_players(params, snapshot) as players:
+    with evaluation_players(params, snapshot, room) as players:
 
         def play(step: int) -> dict[str, float]:
             if not _due(params, step):
                 return {}
-            with training.averaged():
-                players.load(policy_tensors(policy))
+            players.load(training.weights())
             results = players.play(plan, NoiseKey(_seed(params), VALIDATION_STREAM, 0), "eval")
             return {"sft/success_once": sum(result.success for result in results) / len(results)}
 
@@ -163,26 +194,8 @@ def _playing(
     shutil.rmtree(snapshot)
 
 
-def _kind(params: Params, demonstrations: Demonstrations) -> str:
+def _kind(params: Params, card: dict[str, Any]) -> str:
     """What a saved state has to agree with to be gone on from."""
     described = [params.sft.model_dump(mode="json"), params.actor.model.model_dump(mode="json")]
-    text = json.dumps([*described, params.suites, demonstrations.card["fingerprint"]], sort_keys=True)
+    text = json.dumps([*described, _processes(params), params.suites, card["fingerprint"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _save(training: Imitation, rows: list[dict[str, float]], path: Path, kind: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".writing.partial")
-    torch.save({"kind": kind, "rows": rows, "training": training.state()}, written)
-    written.replace(path)
-
-
-def _go_on(training: Imitation, path: Path, kind: str) -> list[dict[str, float]]:
-    """The rows of the curve so far: of a run of the same kind that was stopped, whose state ``training`` takes over."""
-    if not path.is_file():
-        return []
-    saved: dict[str, Any] = torch.load(path, weights_only=True)
-    if saved["kind"] != kind:
-        return []
-    training.restore(saved["training"])
-    return saved["rows"]
