@@ -1,11 +1,12 @@
 """Times rollouts through Ray: two pipeline stages against one, Ray against one process, and env workers on cores.
 
-    python -m benchmarks.cluster           # about ten minutes on two idle cores
+    python -m benchmarks.cluster           # eight minutes on two idle cores
+    python -m benchmarks.cluster --quick   # does it run? One round of a few episodes; nothing is written
     python -m benchmarks.cluster --model   # only the scaling model, from benchmarks/results
 
 The policy is a random tiny pi0 at the quickstart's sizes; episodes are the quickstart's, played to the step limit.
 Every round measures each way once, one after the other, so that a busy machine slows all of them alike; ratios are
-taken within rounds. Results go to benchmarks/results/cluster.json and cluster.md.
+taken within rounds. Results go to benchmarks/results/cluster.json and cluster.md, the scaling model with them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -69,6 +71,11 @@ class Row:
         return self.steps / self.seconds
 
 
+Timing = tuple[int, float, float, float]
+"""Control steps, seconds, and the shares of them in which env and rollout were busy."""
+Way = Callable[[], Timing]
+
+
 class StillPolicy:
     """A rollout worker that costs nothing: it stands still, to measure env workers alone."""
 
@@ -84,94 +91,94 @@ class StillPolicy:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=32, help="of a round, all at once")
+    parser.add_argument("--quick", action="store_true", help="one round of four episodes; nothing is written")
     parser.add_argument("--model", action="store_true", help="print the scaling model alone")
     options = parser.parse_args()
     if options.model:
-        print(scaling_table(RESULTS))
+        print(scaling_table(json.loads((RESULTS / "cluster.json").read_text())["rates"]["1 env worker"]))
         return
-    rows = measure(options.rounds, options.episodes)
+    rounds, episodes = (1, 4) if options.quick else (options.rounds, options.episodes)
+    started = perf_counter()
+    rows = measure(rounds, episodes)
     result = {
         "machine": describe_machine(),
-        "episodes": options.episodes,
+        "episodes": episodes,
+        "seconds": perf_counter() - started,
         "rows": [vars(row) for row in rows],
         **summary(rows),
     }
-    replace_text(RESULTS / "cluster.json", json.dumps(result, indent=1) + "\n")
-    replace_text(RESULTS / "cluster.md", report(result))
+    if not options.quick:
+        replace_text(RESULTS / "cluster.json", json.dumps(result, indent=1) + "\n")
+        replace_text(RESULTS / "cluster.md", report(result))
     print(report(result))
 
 
 def measure(rounds: int, episodes: int) -> list[Row]:
-    """All ways in all rounds."""
+    """All ways in all rounds; every way has processes of its own, which stand still while others are measured."""
     tasks = len(suite_tasks(SUITE))
     plan = evaluation_plan([SUITE], "official", -(-episodes // tasks), seed=0)[:episodes]
+    params = load_params(PARAMS)
+    base = replace(players_config(params, params.env.train), slots=episodes)
     rows: list[Row] = []
-    progress = Progress("cluster", 5 * (rounds + 1), "measurement", 0)
-    with tempfile.TemporaryDirectory() as folder, ray_session(ClusterParams(), cpus=2):
-        checkpoint = Path(folder) / "policy"
+    with ExitStack() as stack:
+        checkpoint = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "policy"
         save_random_policy(checkpoint)
-        params = load_params(PARAMS)
-        base = replace(players_config(params, params.env.train), slots=32)
-        ways: dict[str, Callable[[], tuple[int, float, float, float]]] = {
-            "one process": lambda: in_one_process(base, checkpoint, plan),
-            "Ray, 1 stage": lambda: through_ray(replace(base, workers=1, stages=1), checkpoint, plan),
-            "Ray, 2 stages": lambda: through_ray(replace(base, workers=1, stages=2), checkpoint, plan),
-            "1 env worker": lambda: standing_still(replace(base, workers=1, stages=2), plan),
-            "2 env workers": lambda: standing_still(replace(base, workers=2, stages=2), plan),
+        stack.enter_context(ray_session(ClusterParams(), cpus=5))
+
+        def through_ray(workers: int, stages: int, policy: Path | None) -> Way:
+            config = replace(base, workers=workers, stages=stages)
+            opened = still_players(config) if policy is None else open_players(config, CPU, policy)
+            return partial(timed, stack.enter_context(opened), plan)
+
+        ways = {
+            "one process": in_one_process(base, checkpoint, plan),
+            "Ray, 1 stage": through_ray(1, 1, checkpoint),
+            "Ray, 2 stages": through_ray(1, 2, checkpoint),
+            "1 env worker": through_ray(1, 2, None),
+            "2 env workers": through_ray(2, 2, None),
         }
-        for number in range(-1, rounds):  # the first one warms caches and is not kept
-            for way, run in ways.items():
-                row = Row(way, number, *run())
+        progress = Progress("cluster", len(ways) * (rounds + 1), "measurement", 0)
+        for number in range(-1, rounds):  # in the first one models are compiled and loaded: it is not kept
+            for index, (way, play) in enumerate(ways.items()):
+                row = Row(way, number, *play())
                 rows += [row] if number >= 0 else []
-                progress.update(len(ways) * (number + 1) + list(ways).index(way) + 1, f"{way}: {row.rate:.0f} steps/s")
+                progress.update(len(ways) * (number + 1) + index + 1, f"{way}: {row.rate:.0f} steps/s")
     return rows
 
 
-def in_one_process(config: PlayersConfig, checkpoint: Path, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
+def in_one_process(config: PlayersConfig, checkpoint: Path, plan: Sequence[Episode]) -> Way:
     """The same simulations and the same policy without Ray, one after the other."""
     slots = Slots(config.slots, config.slot)
     worker = RolloutWorker(checkpoint, config.sampler, None, 1, "cpu")
     worker.start()
 
-    def play() -> int:
+    def play() -> Timing:
+        started = perf_counter()
         worker.begin(NOISE, "train")
         look = slots.start(plan)
         while look.running:
             look = slots.step(worker.act(look))
         worker.act(look)
-        return sum(result.steps for result in slots.results)
+        seconds = perf_counter() - started
+        steps = sum(result.steps for result in slots.results)
+        return steps, seconds, sum(slots.seconds.values()) / seconds, worker.seconds / seconds
 
-    play()  # models are compiled and loaded
-    started = perf_counter()
-    steps = play()
-    seconds = perf_counter() - started
-    return steps, seconds, sum(slots.seconds.values()) / seconds, worker.seconds / seconds
-
-
-def through_ray(config: PlayersConfig, checkpoint: Path, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
-    """Simulations in an env worker, the policy in a process of its own."""
-    with open_players(config, CPU, checkpoint) as players:
-        return _timed(players, plan)
-
-
-def standing_still(config: PlayersConfig, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
-    """Env workers without a policy to wait for."""
-    with still_players(config) as players:
-        return _timed(players, plan)
+    return play
 
 
 @contextmanager
 def still_players(config: PlayersConfig) -> Iterator[Players]:
+    """Env workers without a policy to wait for."""
     policy: Any = ray.remote(StillPolicy).options(num_cpus=0).remote()
     with Reservation(CPU, config.workers, ("env",)) as room:
         yield Players(config, room, [policy])
     ray.kill(policy)
 
 
-def _timed(players: Players, plan: Sequence[Episode]) -> tuple[int, float, float, float]:
-    players.play(plan, NOISE, "train")  # models are compiled and loaded
+def timed(players: Players, plan: Sequence[Episode]) -> Timing:
+    """``plan`` played once."""
     started = perf_counter()
     results: list[EpisodeResult] = players.play(plan, NOISE, "train")
     seconds = perf_counter() - started
@@ -211,8 +218,8 @@ def report(result: dict[str, Any]) -> str:
         "# Rollouts through Ray",
         "",
         f"`python -m benchmarks.cluster` on {result['machine']['cores']} cores of {result['machine']['processor']}: "
-        f"{result['episodes']} episodes of {SUITE}, 32 slots, {len({row.round for row in rows})} rounds, medians; load "
-        f"average at the end {result['load_average']:.1f}.",
+        f"{result['episodes']} episodes of {SUITE} at a time, {len({row.round for row in rows})} rounds, medians; "
+        f"{result['seconds'] / 60:.0f} minutes in all; load average at the end {result['load_average']:.1f}.",
         "",
         "| way | control steps per second | env busy | rollout busy |",
         "|---|---|---|---|",
@@ -225,6 +232,10 @@ def report(result: dict[str, Any]) -> str:
         f"- two stages instead of one: {result['gain_of_two_stages']:+.1%}",
         f"- Ray instead of one process (one stage, so nothing overlaps): {result['overhead_of_ray']:+.1%} time",
         f"- two env workers instead of one, without a policy: x {result['scaling_to_two_workers']:.2f}",
+        "",
+        "## What an iteration costs on more GPUs",
+        "",
+        scaling_table(result["rates"]["1 env worker"]),
         "",
     ]
     return "\n".join(lines)

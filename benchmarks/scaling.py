@@ -3,13 +3,12 @@
     python -m benchmarks.cluster --model
 
 The workload grows with the GPUs: eight slots per GPU, as RLinf's LIBERO configs have on eight. FLOPs are counted on the
-real code with tensors that have shapes but no data, bytes follow from what is sent, and rates of simulation come from
-benchmarks/results/cluster.json. What a GPU makes of a FLOP was not measured here, so no time is given for it.
+real code with tensors that have shapes but no data, bytes follow from what is sent, and the rate of simulation is what
+benchmarks.cluster measured. What a GPU makes of a FLOP was not measured here, so no time is given for it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +40,10 @@ class Constants:
     steps_per_second: float
 
 
-def scaling_table(results: Path) -> str:
-    """The model as Markdown."""
+def scaling_table(steps_per_second: float) -> str:
+    """The model as Markdown, for env workers of that speed."""
     params = load_params(PARAMS)
-    rate = json.loads((results / "cluster.json").read_text())["rates"]["1 env worker"]
-    constants = measured(params, rate)
+    constants = measured(params, steps_per_second)
     lines = [
         f"Per look: {constants.acting_flops / 1e12:.2f} TFLOP to act, {constants.update_flops / 1e12:.2f} TFLOP per "
         f"epoch of the update, {constants.look_bytes / 1e6:.2f} MB recorded. Trained weights: "

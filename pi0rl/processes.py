@@ -13,13 +13,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-# Time a child has to shut Ray or the simulators down before it is killed; Ray takes about 2 s.
-GRACE_SECONDS = 20.0
+# Time a child has to save what it can and to shut Ray or the simulators down (about 2 s) before it is killed. Whoever
+# has more of it, as on a cluster whose scheduler warns early, says so in the variable: it is no part of an experiment.
+GRACE_VARIABLE = "PI0RL_GRACE_SECONDS"
+GRACE_SECONDS = float(os.environ.get(GRACE_VARIABLE, "20"))
 
 _LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
 _PR_SET_PDEATHSIG = 1
@@ -43,6 +46,31 @@ def raise_on_signals() -> None:
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt)
+
+
+@contextmanager
+def signals_postponed(seconds: float) -> Iterator[None]:
+    """A SIGINT or SIGTERM that arrives in the block is delivered at its end, or after ``seconds`` if that is sooner."""
+    arrived: list[int] = []
+
+    def postpone(signum: int, frame: object) -> None:
+        if not arrived:
+            arrived.append(signum)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def deliver(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if arrived:
+            signal.raise_signal(arrived.pop())
+
+    before = {each: signal.signal(each, postpone) for each in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, deliver)
+    try:
+        yield
+    finally:
+        deliver()
 
 
 def die_with_parent() -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_training import CPU, QUICKSTART, SMALL
 
-from pi0rl.cluster.loop import Iteration, iteration_plan, train
-from pi0rl.cluster.placement import Placement
+from pi0rl.cluster.iterations import Iteration, iteration_plan
+from pi0rl.cluster.loop import train
 from pi0rl.cluster.players import open_players
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import ray_session
@@ -23,19 +24,6 @@ from pi0rl.policy.checkpoints import save_policy
 from pi0rl.policy.config import TINY
 from pi0rl.policy.policy import create_policy
 from pi0rl.policy.processing import Normalisation, tiny_processing
-
-QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
-CPU = Placement((), (), ())
-SMALL = (
-    "env.train.total_num_envs=4",
-    "env.train.max_episode_steps=16",
-    "env.settle_steps=0",
-    "algorithm.rollout_epoch=1",
-    "actor.global_batch_size=4",
-    "actor.micro_batch_size=4",
-    "actor.optim.critic_warmup_iterations=0",
-    "runner.max_epochs=2",
-)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +91,6 @@ def test_a_collapse_goes_back_and_a_resumed_run_does_the_same(
         "algorithm.target_kl=null",
         "actor.optim.adam_warmup_steps=0",
         "actor.optim.lr=1.0e-3",
-        "runner.save_interval=1",
         "runner.val_check_interval=1",
         "runner.val_episodes_per_task=1",
     )

@@ -14,8 +14,10 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from tiny_policies import PREFIX_CRITIC, make_policy
+from tiny_training import QUICKSTART, SMALL
 
-from pi0rl.cluster.loop import Iteration, train
+from pi0rl.cluster.iterations import Iteration
+from pi0rl.cluster.loop import train
 from pi0rl.cluster.placement import Placement, resolve_placement
 from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.session import WORKER_ENVIRONMENT, cluster_nodes, gpus_per_node
@@ -24,22 +26,12 @@ from pi0rl.errors import UserError
 from pi0rl.params import ClusterParams, load_params
 from pi0rl.policy.checkpoints import save_policy
 
-QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
 FORMS: tuple[dict[str, str], ...] = (
     {"env": "0-3", "rollout": "4-7", "actor": "0-7"},
     {"env,rollout,actor": "all"},
     {"env": "0-1", "rollout": "2-5", "actor": "6-7"},
 )
-SMALL = (
-    "env.train.total_num_envs=8",
-    "env.train.max_episode_steps=16",
-    "env.settle_steps=0",
-    "algorithm.rollout_epoch=1",
-    "actor.global_batch_size=8",
-    "actor.micro_batch_size=1",
-    "actor.optim.critic_warmup_iterations=0",
-    "runner.max_epochs=2",
-)
+EIGHT = ("env.train.total_num_envs=8", "actor.global_batch_size=8", "actor.micro_batch_size=1")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +80,7 @@ def test_what_cannot_be_had_is_refused(two_nodes: None) -> None:
 
 @pytest.mark.slow
 def test_every_placement_trains_to_the_same(two_nodes: None, tmp_path: Path) -> None:
-    params = load_params(QUICKSTART, SMALL)
+    params = load_params(QUICKSTART, (*SMALL, *EIGHT))
     save_policy(make_policy(PREFIX_CRITIC), tmp_path / "start")
     loop, players = loop_config(params), players_config(params, params.env.train)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pi0rl.cluster import preflight
+from pi0rl.cluster import preflight, session
 from pi0rl.cluster.placement import Placement, Seat, fitting, resolve_placement
 from pi0rl.cluster.preflight import Needs, examine, refuse_silent_address
 from pi0rl.errors import UserError
@@ -112,3 +112,40 @@ def test_what_a_machine_lacks_is_said_before_anything_starts(
 def test_an_address_where_nobody_answers_is_refused_at_once(address: str) -> None:
     with pytest.raises(UserError, match=r"cluster\.address"):
         refuse_silent_address(address, seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"component_placement": {"env": "cpu", "rollout,actor": "0-3"}}, "has GPUs 0-1; would fit: 'env,rollout"),
+        ({"num_nodes": 2}, "cluster.num_nodes is 2, and without cluster.address"),
+    ],
+)
+def test_what_only_another_machine_has_is_refused_before_ray_starts(
+    overrides: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(session.ray, "init", pytest.fail)
+    with pytest.raises(UserError, match=message), session.ray_session(ClusterParams.model_validate(overrides), cpus=1):
+        pass
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_ray_is_started_again_where_it_does_not_come_up_in_time(
+    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts = []
+
+    def init(**options: object) -> None:
+        attempts.append(options)
+        if len(attempts) <= failures:
+            raise TimeoutError("the node did not come up\nand much more")
+
+    monkeypatch.setattr(session.ray, "init", init)
+    if failures == 2:
+        session._start_local(1, {})
+    else:
+        with pytest.raises(UserError, match=r"did not start in 3 attempts \(the node did not come up\); expected"):
+            session._start_local(1, {})
+    assert len(attempts) == 3
+    assert len(capsys.readouterr().err.splitlines()) == failures

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from projects import ROOT
 
-from pi0rl.processes import run_child, stop_descendants
+from pi0rl.processes import Interrupted, raise_on_signals, run_child, signals_postponed, stop_descendants
 
 # A supervisor as `pi0rl run` is one: it watches a shell that watches a sleeper
 SUPERVISOR = """
@@ -52,6 +52,32 @@ def test_interrupted_supervisor_stops_its_child(tmp_path: Path, signum: signal.S
     supervisor.send_signal(signum)
     assert supervisor.wait(timeout=60) == 128 + signum
     assert _ended(sleeper)
+
+
+@pytest.mark.parametrize(("seconds", "ended"), [(60.0, [True]), (0.05, [])], ids=["in time", "too late"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_a_block_but_not_for_ever(
+    signum: signal.Signals, seconds: float, ended: list[bool]
+) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    reached: list[bool] = []
+
+    def signalled_twice() -> None:
+        with signals_postponed(seconds):
+            for _ in range(2):
+                signal.raise_signal(signum)
+            time.sleep(0.3)
+            reached.append(True)
+
+    raise_on_signals()
+    try:
+        with pytest.raises(Interrupted) as raised:
+            signalled_twice()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert raised.value.signum == signum
+    assert reached == ended
 
 
 def test_a_child_that_another_thread_stops_keeps_its_exit_code(tmp_path: Path) -> None:

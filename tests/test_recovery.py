@@ -12,12 +12,13 @@ from typing import Any
 import psutil
 import pytest
 from tiny_policies import PREFIX_CRITIC, make_policy
+from tiny_training import CPU, QUICKSTART, SMALL
 
 import pi0rl.cluster.loop
 import pi0rl.cluster.players
 from pi0rl.cluster.env_worker import EnvWorker
-from pi0rl.cluster.loop import Iteration, train
-from pi0rl.cluster.placement import Placement
+from pi0rl.cluster.iterations import Iteration, Run
+from pi0rl.cluster.loop import train
 from pi0rl.cluster.players import PlayersConfig, open_players
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.session import ray_session
@@ -27,20 +28,8 @@ from pi0rl.libero.plan import evaluation_plan
 from pi0rl.libero.slots import EpisodeResult, Look
 from pi0rl.params import ClusterParams, load_params
 from pi0rl.policy.checkpoints import save_policy
+from pi0rl.tracking.metrics import METRICS, CsvTable
 
-QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
-CPU = Placement((), (), ())
-SMALL = (
-    "env.train.total_num_envs=4",
-    "env.train.max_episode_steps=16",
-    "env.settle_steps=0",
-    "algorithm.rollout_epoch=1",
-    "actor.global_batch_size=4",
-    "actor.micro_batch_size=4",
-    "actor.optim.critic_warmup_iterations=0",
-    "runner.max_epochs=2",
-    "runner.save_interval=1",
-)
 PLAN = evaluation_plan(["libero_object"], "official", 1, seed=0)[:6]
 
 
@@ -151,6 +140,45 @@ def test_a_dead_policy_costs_the_iterations_since_the_last_checkpoint(
     ]
     assert len(told) == 1
     assert "a worker died" in told[0]
+
+
+def test_an_interruption_costs_what_was_not_finished(
+    ray_cluster: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At known moments of the second iteration; test_kills.py stops real processes."""
+    params = load_params(QUICKSTART, (*SMALL, "runner.save_interval=2"))
+    loop, players = loop_config(params), players_config(params, params.env.train)
+
+    def run(folder: Path) -> tuple[bytes, bytes]:
+        metrics = CsvTable(folder / "metrics.csv", tuple(METRICS))
+
+        def on_iteration(iteration: Iteration) -> None:
+            metrics.append(iteration.number, iteration.metrics)
+
+        policy = train(loop, players, CPU, checkpoint, folder, on_iteration, metrics.resume)
+        return (policy / "model.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes()
+
+    straight = run(tmp_path / "straight")
+    for name, grace, left in (
+        ("play", 60.0, ["stopped_00001"]),
+        ("learn", 60.0, ["iteration_00002"]),
+        ("learn", 0.02, []),  # the update takes longer
+    ):
+        folder, method = tmp_path / f"{name} {grace}", getattr(Run, name)
+
+        def interrupted(run: Run, number: int, *arguments: Any, method: Any = method) -> Any:
+            if number == 1:
+                signal.raise_signal(signal.SIGINT)
+            return method(run, number, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pi0rl.cluster.loop, "GRACE_SECONDS", grace)
+            patch.setattr(Run, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder)
+        assert [path.name for path in folder.glob("checkpoints/*")] == left
+        assert run(folder) == straight, (name, grace)
+        assert [path.name for path in folder.glob("checkpoints/*")] == ["iteration_00002"]
 
 
 def test_a_run_that_fails_again_and_again_ends_with_the_reason(

@@ -43,6 +43,27 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoints.best(guard(1.0), 4).policy == tmp_path / "start"
 
 
+def test_what_an_interruption_left_is_gone_on_from_and_nothing_else(tmp_path: Path) -> None:
+    checkpoints, state = begin(tmp_path), guard(0.1, 0.2, 0.9, 0.8, 0.7)
+    for done in (1, 2):
+        checkpoints.write(save, done, state)
+    checkpoints.write_stopped(save, 3, state)
+    assert written(tmp_path) == ["iteration_00001", "iteration_00002", "stopped_00003"]
+    assert checkpoints.latest(pytest.fail).iterations_done == 3
+    checkpoints.prune(3, state)
+    assert written(tmp_path) == ["iteration_00001", "iteration_00002", "stopped_00003"]
+    assert checkpoints.best(state, 3).iterations_done == 2  # though the policy after three iterations is the best
+    checkpoints.write(save, 4, state)
+    assert written(tmp_path) == ["iteration_00002", "iteration_00004"]
+    checkpoints.write_stopped(save, 5, state)
+    (tmp_path / "checkpoints" / "stopped_00005" / STATE).unlink()
+    said: list[str] = []
+    assert checkpoints.latest(said.append).iterations_done == 4
+    assert "stopped_00005: refused" in said[0]
+    checkpoints.prune(4, state)
+    assert written(tmp_path) == ["iteration_00002", "iteration_00004"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no state", "other format", "renamed"])
 def test_a_damaged_one_is_refused_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
     checkpoints = begin(tmp_path)

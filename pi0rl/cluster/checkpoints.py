@@ -1,4 +1,8 @@
-"""Checkpoints of a training run: written whole, verified before they are used, the last few and the best kept."""
+"""Checkpoints of a training run: written whole, verified before they are used, the last few and the best kept.
+
+One that an interruption has left between the regular ones is only gone on from: were it a place to go back to, or the
+best, an interrupted run would end otherwise than one that was not. The next regular one takes its place.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from pi0rl.rl.guards import GuardState, best_of, guard_state, guard_state_json
 # In a checkpoint beside what the actor writes: its digests, and what else decides how the run goes on.
 STATE = "state.json"
 FORMAT = "pi0rl-training-1"
+REGULAR, STOPPED = "iteration", "stopped"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Checkpoints:
         """The one with the most iterations that can be trusted, without any the start of the run; ``notice`` is told
         of those that are refused."""
         refused = False
-        for path in reversed(self._paths()):
+        for path in sorted([*self._paths(), *self._paths(STOPPED)], key=_number, reverse=True):
             try:
                 found = self._read(path)
             except UserError as error:
@@ -81,7 +86,15 @@ class Checkpoints:
         Args:
             save: writes ``policy/`` and the optimiser into the folder it is given.
         """
-        target = self._directory / f"iteration_{done:05d}"
+        self._write(REGULAR, save, done, guard)
+        self.prune(done, guard)
+
+    def write_stopped(self, save: Callable[[Path], None], done: int, guard: GuardState) -> None:
+        """The same between the regular ones, to go on from after an interruption; none goes for it."""
+        self._write(STOPPED, save, done, guard)
+
+    def _write(self, kind: str, save: Callable[[Path], None], done: int, guard: GuardState) -> None:
+        target = self._directory / f"{kind}_{done:05d}"
         with replace_directory(target) as temporary:
             save(temporary)
             state = {
@@ -92,20 +105,19 @@ class Checkpoints:
                 "guard": guard_state_json(guard),
             }
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
-        self.prune(done, guard)
 
     def prune(self, done: int, guard: GuardState) -> None:
         """Keep the last ``keep_last`` of at most ``done`` iterations and the best; later ones were refused."""
         paths = {_number(path): path for path in self._paths()}
         numbers = [number for number in paths if number <= done]
         kept = {*numbers[-self._keep_last :], best_of(guard, [0, *numbers])}
-        for number, path in paths.items():
-            if number not in kept:
-                shutil.rmtree(path)
+        gone = [path for number, path in paths.items() if number not in kept]
+        for path in [*gone, *(path for path in self._paths(STOPPED) if _number(path) != done)]:
+            shutil.rmtree(path)
 
-    def _paths(self) -> list[Path]:
+    def _paths(self, kind: str = REGULAR) -> list[Path]:
         """By iterations; unfinished ones have a temporary name and do not count."""
-        return sorted(self._directory.glob("iteration_[0-9][0-9][0-9][0-9][0-9]"))
+        return sorted(self._directory.glob(f"{kind}_[0-9][0-9][0-9][0-9][0-9]"))
 
     def _read(self, path: Path) -> Checkpoint:
         """Raises UserError where something is missing, truncated, changed, or from another run."""
@@ -130,4 +142,4 @@ def _files(folder: Path) -> list[str]:
 
 
 def _number(path: Path) -> int:
-    return int(path.name.removeprefix("iteration_"))
+    return int(path.name.rpartition("_")[2])

@@ -14,7 +14,7 @@ from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.policy_worker import PolicyWorker
 from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import RolloutWorker
-from pi0rl.cluster.waiting import UPDATE_SECONDS, fetch, fetch_all
+from pi0rl.cluster.waiting import UPDATE_SECONDS, WAIT_SECONDS, fetch, fetch_all
 from pi0rl.libero.plan import Episode
 from pi0rl.rl.config import RewardConfig
 
@@ -69,9 +69,9 @@ class Learner:
         fetch_all([actor.resume.remote(directory) for actor in self._policies.actors], "the actor to read a checkpoint")
         self.hand_over()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, seconds: float = WAIT_SECONDS) -> None:
         """Policy and optimiser into the existing ``directory``."""
-        fetch(self._policies.actors[0].save.remote(directory), "the actor's checkpoint")
+        fetch(self._policies.actors[0].save.remote(directory), "the actor's checkpoint", seconds)
 
     def update(
         self,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pi0rl.cluster.placement import resolve_placement
 from pi0rl.cluster.preflight import refuse_silent_address
 from pi0rl.cluster.vitals import Vitals
 from pi0rl.errors import UserError
@@ -24,8 +26,11 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+import torch
 from ray._private import ray_constants
 
+# A part of Ray that does not come up in time on a busy machine does so the next time.
+START_ATTEMPTS = 3
 # Ray's processes on this machine end this long after their head has gone (60 by default); it would not come back.
 LOST_SECONDS = 20
 _LOST_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -56,8 +61,11 @@ def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = No
     A local one has this machine's GPUs, or ``logical_gpus`` that are only counted.
 
     Raises:
-        UserError: ``cluster.address`` does not answer, it has fewer nodes than ``cluster.num_nodes``, or Ray died.
+        UserError: ``cluster.address`` does not answer, it has fewer nodes than ``cluster.num_nodes``, Ray did not start
+            or died; without an address, before Ray starts, a placement that this machine does not have.
     """
+    if not cluster.address:
+        refuse_foreign_placement(cluster, logical_gpus)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     if cluster.address:
@@ -84,22 +92,36 @@ def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = No
         ray.shutdown()
 
 
+def refuse_foreign_placement(cluster: ClusterParams, logical_gpus: int | None = None) -> None:
+    """Raises UserError where ``cluster`` asks for GPUs or nodes beyond this machine; it says what would fit."""
+    if cluster.num_nodes > 1:
+        raise UserError(
+            f"cluster.num_nodes is {cluster.num_nodes}, and without cluster.address there is this machine alone; run "
+            "`ray start --head` here and `ray start --address ...` on the others, then set cluster.address"
+        )
+    resolve_placement(cluster, (torch.cuda.device_count() if logical_gpus is None else logical_gpus,))
+
+
 def _start_local(cpus: int, options: dict[str, Any]) -> None:
     # Ray turns 127.0.0.1 into an address that others can reach, unless it believes that there are no others.
     reachable, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     os.environ[_LOST_VARIABLE] = str(LOST_SECONDS)
+    reason = ""
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **options,
+        for attempt in range(START_ATTEMPTS):
+            try:
+                ray.init(
+                    address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options
+                )
+                return
+            except Exception as error:  # Ray raises nothing more specific when a part of it does not come up in time
+                ray.shutdown()
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                print(f"Ray did not start ({reason}); attempt {attempt + 1} of {START_ATTEMPTS}", file=sys.stderr)
+        raise UserError(
+            f"Ray did not start in {START_ATTEMPTS} attempts ({reason}); expected a free core, and room in /tmp and "
+            "/dev/shm: look with `pi0rl doctor`, end what else runs here, and run the same command again"
         )
-    except Exception as error:  # Ray raises nothing more specific when a part of it does not come up in time
-        ray.shutdown()
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Ray did not start ({reason}); is the machine overloaded or /tmp full? Try again") from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = reachable
         del os.environ[_LOST_VARIABLE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pi0rl.cluster.loop import LoopConfig
+from pi0rl.cluster.iterations import LoopConfig
 from pi0rl.cluster.players import PlayersConfig
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from pi0rl.cluster.loop import Iteration, train
+from pi0rl.cluster.iterations import Iteration
+from pi0rl.cluster.loop import train
 from pi0rl.cluster.placement import Placement, resolve_placement
 from pi0rl.cluster.session import gpus_per_node, ray_session
 from pi0rl.cluster.setup import critic_config, loop_config, noise_config, players_config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ray.exceptions import RayTaskError
 
-from pi0rl.cluster.loop import EVALUATION_STREAM
+from pi0rl.cluster.iterations import EVALUATION_STREAM
 from pi0rl.cluster.placement import resolve_placement
 from pi0rl.cluster.players import Players, PlayersConfig, open_players, rollout_maker
 from pi0rl.cluster.policies import start_policies

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pi0rl.cluster.loop import VALIDATION_STREAM
+from pi0rl.cluster.iterations import VALIDATION_STREAM
 from pi0rl.cluster.placement import Component, resolve_placement
 from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import NoiseKey

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pi0rl.cluster.loop import Iteration
+from pi0rl.cluster.iterations import Iteration
 from pi0rl.cluster.loop import train as run_loop
 from pi0rl.cluster.placement import resolve_placement
 from pi0rl.cluster.preflight import preflight, training_needs
