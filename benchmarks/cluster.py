@@ -79,7 +79,7 @@ Way = Callable[[], Timing]
 class StillPolicy:
     """A rollout worker that costs nothing: it stands still, to measure env workers alone."""
 
-    def begin(self, noise: NoiseKey, mode: PlayMode) -> None:
+    def begin(self, noise: NoiseKey, mode: PlayMode, version: int) -> None:
         """Nothing to prepare."""
 
     def act(self, look: Look) -> np.ndarray:

@@ -52,6 +52,7 @@ EXAMPLES = """examples:
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",
     errno.EROFS: "choose a writable place",

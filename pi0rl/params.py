@@ -140,9 +140,13 @@ class ClusterParams(Section):
 
 
 class RolloutParams(Section):
-    """``pipeline_stage_num`` halves of the slots take turns: one simulates while the other is inferred."""
+    """``pipeline_stage_num`` halves of the slots take turns: one simulates while the other is inferred.
+
+    ``enable_offload``: nothing to do; where rollout and actor share a GPU they share one copy of the weights.
+    """
 
     pipeline_stage_num: Positive = 2
+    enable_offload: bool = False
 
 
 class VideoParams(Section):
@@ -171,8 +175,12 @@ class EnvEvalParams(Section):
 
 
 class EnvParams(Section):
-    """The simulator: image size (pixels), rendering profile, settle steps after a reset, fixture seed."""
+    """The simulator: image size (pixels), rendering profile, settle steps after a reset, fixture seed.
 
+    ``enable_offload``: nothing to do; simulators take no GPU memory that others could use.
+    """
+
+    enable_offload: bool = False
     camera_size: Positive = 256
     render_profile: Literal["reference", "fast"] = "reference"
     settle_steps: NonNegative = 10
@@ -207,17 +215,22 @@ class OptimParams(OptimConfig):
 
 
 class FsdpParams(Section):
-    """``gradient_checkpointing``: keep only the input of every layer for the backward pass: less memory, slower."""
+    """``gradient_checkpointing``: keep only the input of every layer for the backward pass: less memory, slower.
+
+    ``sharding_strategy: full_shard`` spreads weights, gradients and AdamW's moments over several actors in an update.
+    """
 
     gradient_checkpointing: bool = False
+    sharding_strategy: Literal["no_shard", "full_shard"] = "no_shard"
 
 
 class ActorParams(Section):
-    """The learner."""
+    """The learner; with ``enable_offload`` AdamW's moments are in main memory while episodes are played."""
 
     model: ModelParams = ModelParams()
     optim: OptimParams = OptimParams()
     fsdp_config: FsdpParams = FsdpParams()
+    enable_offload: bool = False
     global_batch_size: Positive = 2048
     micro_batch_size: Positive = 128
     num_threads: Positive = 2
@@ -373,6 +386,12 @@ class Params(Section):
             raise ValueError(
                 f"openpi.noise_anneal changes the noise level, which {openpi.noise_method} does not have; "
                 "set noise_anneal: false, or noise_method: flow_sde or flow_cps"
+            )
+        if self.actor.fsdp_config.sharding_strategy == "full_shard" and (model.is_lora or model.torch_compile):
+            other = "is_lora" if model.is_lora else "torch_compile"
+            raise ValueError(
+                f"actor.fsdp_config.sharding_strategy full_shard does not go with actor.model.{other}; "
+                "set no_shard, or leave the other out"
             )
         episodes = train.total_num_envs * self.algorithm.rollout_epoch
         if episodes % self.algorithm.group_size:

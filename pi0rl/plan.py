@@ -120,23 +120,32 @@ def _policy_lines(params: Params, placement: Placement, memory: PolicyMemory) ->
     """Where the weights are, and what acting and learning add."""
     lines = []
     rollout, actor = ([_gpu(gpu) for gpu in gpus] or [MAIN] for gpus in (placement.rollout, placement.actor))
+    parts = len(placement.seats("actor")) if params.actor.fsdp_config.sharding_strategy == "full_shard" else 1
     for device in dict.fromkeys([*rollout, *actor]):
         sharers = [name for name, devices in (("rollout", rollout), ("actor", actor)) if device in devices]
         owner = "both" if len(sharers) > 1 else sharers[0]  # one process with one copy
-        lines.append(Line(device, owner, "weights", memory.weights))
+        shares = parts if "actor" in sharers else 1
+        rest, what = memory.weights * (1 - 1 / shares), "weights" if shares == 1 else f"weights, one of {shares} parts"
+        lines.append(Line(device, owner, what, memory.weights - rest))
         if device != MAIN:
             lines.append(Line(device, owner, "CUDA and its kernels", CUDA_CONTEXT))
         if "rollout" in sharers:
             cache = f"a look, of it keys and values {_gib(memory.look_cache)}"
-            lines.append(Line(device, "rollout", cache, memory.look, in_turn=True))
+            cache += f"; the other parts of the weights {_gib(rest)}" if rest else ""
+            lines.append(Line(device, "rollout", cache, memory.look + rest, in_turn=True))
+        elif rest:
+            lines.append(Line(device, "actor", "the other parts of the weights, to hand over", rest, in_turn=True))
         if "actor" in sharers:
             batch = f"micro batch of {params.actor.micro_batch_size}, of it keys and values {_gib(memory.update_cache)}"
             kept = _kept_prefixes(params, memory)
             batch += f"; prefixes kept for all epochs {_gib(kept)}" if kept else ""
+            moments, offload = memory.optimizer / shares, params.actor.enable_offload and device != MAIN
+            batch += f"; AdamW's moments {_gib(moments)}" if offload else ""
+            update = max(2 * kept, kept + memory.update) + (moments if offload else 0.0)  # 2: while joined
             lines += [
-                Line(device, "actor", "gradients", memory.gradients),
-                Line(device, "actor", "AdamW's moments", memory.optimizer),
-                Line(device, "actor", batch, max(2 * kept, kept + memory.update), in_turn=True),  # 2: while joined
+                Line(device, "actor", "gradients", memory.gradients / shares),
+                Line(MAIN if offload else device, "actor", "AdamW's moments", moments),
+                Line(device, "actor", batch, update, in_turn=True),
             ]
     return lines
 
@@ -185,6 +194,10 @@ def remedies(params: Params, plan: Plan, gpus: int, gpu_gib: float, main_gib: fl
     tried: dict[str, Any] = {}
     if set(plan.too_full) & {line.device for line in plan.lines if line.component == "actor" and line.in_turn}:
         tried["actor.fsdp_config.gradient_checkpointing"] = True
+        model = params.actor.model
+        if len(resolve_placement(params.cluster, (gpus,)).actor) > 1 and not (model.is_lora or model.torch_compile):
+            tried["actor.fsdp_config.sharding_strategy"] = "full_shard"
+        tried["actor.enable_offload"] = True
         tried["actor.micro_batch_size"] = max(1, params.actor.micro_batch_size // 8)
         tried["actor.model.precision"] = "bf16"
         tried["openpi.train_expert_only"] = True

@@ -17,7 +17,7 @@ import pytest
 from tiny_policies import PREFIX_CRITIC, make_policy
 
 from pi0rl.policy.checkpoints import save_policy
-from pi0rl.processes import GRACE_SECONDS
+from pi0rl.processes import GRACE_VARIABLE
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
 # Nothing but what a test does may cause a checkpoint, or a failure.
@@ -27,6 +27,8 @@ KILLS = 20
 # Ray's own processes notice within this time that their driver is gone.
 ORPHAN_SECONDS = 90.0
 RUN_SECONDS = 900.0
+# More than the usual time to stop: tests may run on a busy machine.
+GRACE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def train(
 ) -> Run:
     """Train in ``folder``, and cause ``trouble`` once the line ``after`` is out; no process is left behind."""
     command = [sys.executable, str(SCRIPT), str(checkpoint), str(folder), *PARAMS, *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), GRACE_VARIABLE: str(GRACE_SECONDS)}
     driver = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )

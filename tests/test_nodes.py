@@ -31,23 +31,23 @@ FORMS: tuple[dict[str, str], ...] = (
     {"env,rollout,actor": "all"},
     {"env": "0-1", "rollout": "2-5", "actor": "6-7"},
 )
+NODE = {"num_cpus": 4, "num_gpus": 4, "object_store_memory": 2**28}
 EIGHT = ("env.train.total_num_envs=8", "actor.global_batch_size=8", "actor.micro_batch_size=1")
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[None]:
-    node = {"num_cpus": 4, "num_gpus": 4, "object_store_memory": 2**28}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+def two_nodes() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not see the tests' folder
-    cluster.add_node(**node)
+    cluster.add_node(**NODE)
     ray.init(address=cluster.address, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENVIRONMENT})
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
-def placed(form: dict[str, str]) -> Placement:
-    cluster = ClusterParams.model_validate({"num_nodes": 2, "component_placement": form})
+def placed(form: dict[str, str], nodes: int = 2) -> Placement:
+    cluster = ClusterParams.model_validate({"num_nodes": nodes, "component_placement": form})
     return replace(resolve_placement(cluster, gpus_per_node()), accelerator="cpu")
 
 
@@ -59,7 +59,7 @@ class Somebody:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_room_is_reserved_where_the_placement_says(two_nodes: None, form: dict[str, str]) -> None:
+def test_room_is_reserved_where_the_placement_says(two_nodes: Cluster, form: dict[str, str]) -> None:
     placement, nodes = placed(form), cluster_nodes()
     with Reservation(placement, env_workers=4) as room:
         seats = [placement.seats("rollout")[-1], placement.seats("actor")[0], *placement.env_seats(4)[::3]]
@@ -69,7 +69,7 @@ def test_room_is_reserved_where_the_placement_says(two_nodes: None, form: dict[s
     assert [node for node, _ in places] == [nodes[seat.node].identity for seat in seats]
 
 
-def test_what_cannot_be_had_is_refused(two_nodes: None) -> None:
+def test_what_cannot_be_had_is_refused(two_nodes: Cluster) -> None:
     with pytest.raises(UserError, match=r"9 env workers on node 0 .* has 4 cores; expected at most 8"):
         Reservation(placed({"env,rollout,actor": "all"}), env_workers=18)
     with Reservation(placed({"env": "cpu", "rollout": "2", "actor": "0-1"}), env_workers=1):
@@ -79,7 +79,7 @@ def test_what_cannot_be_had_is_refused(two_nodes: None) -> None:
 
 
 @pytest.mark.slow
-def test_every_placement_trains_to_the_same(two_nodes: None, tmp_path: Path) -> None:
+def test_every_placement_trains_to_the_same(two_nodes: Cluster, tmp_path: Path) -> None:
     params = load_params(QUICKSTART, (*SMALL, *EIGHT))
     save_policy(make_policy(PREFIX_CRITIC), tmp_path / "start")
     loop, players = loop_config(params), players_config(params, params.env.train)

@@ -173,10 +173,18 @@ def test_the_three_published_placements(tmp_path: Path, placement: str, expected
     assert load_params(_written(tmp_path, text)).cluster.component_placement == expected
 
 
+@pytest.mark.parametrize("other", ["is_lora", "torch_compile"])
+def test_spread_weights_do_not_go_with_everything(tmp_path: Path, other: str) -> None:
+    text = "actor: {fsdp_config: {sharding_strategy: full_shard}, enable_offload: true, model: {%s: %s}}"
+    assert load_params(_written(tmp_path, text % (other, "false"))).actor.enable_offload
+    with pytest.raises(UserError, match=f"full_shard does not go with actor.model.{other}; set no_shard"):
+        load_params(_written(tmp_path, text % (other, "true")))
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("actor: {fsdp_config: {strategy: fsdp}}", "actor.fsdp_config.strategy: how weights are spread"),
+        ("actor: {fsdp_config: {strategy: fsdp}}", "actor.fsdp_config.strategy: weights are spread as"),
         ("env: {train: {auto_reset: false}}", "algorithm.compat: rlinf"),
         ("actor: {model: {openpi: {noise_level: 0.5}}}", "set openpi at the top level"),
         ("algorithm: {bootstrap_type: always}", "nothing is bootstrapped"),

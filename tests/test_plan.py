@@ -13,7 +13,7 @@ import pytest
 from tiny_policies import SDE
 
 from pi0rl.params import Params, load_params
-from pi0rl.plan import GIB, MAIN, describe, make_plan, print_plan, remedies
+from pi0rl.plan import GIB, MAIN, _with, describe, make_plan, print_plan, remedies
 from pi0rl.policy.config import TINY
 from pi0rl.policy.critic import CriticConfig
 from pi0rl.policy.memory import MemoryConfig, predict
@@ -92,6 +92,25 @@ def test_remedies_are_plans_that_need_less() -> None:
     found = dict(remedies(params, plan, 1, short, 100.0))
     assert not found["actor.micro_batch_size=128"].too_full
     assert all(other.total("GPU 0") < plan.total("GPU 0") for other in found.values())
+
+
+def test_spread_weights_and_moments_in_main_memory_leave_room(capsys: pytest.CaptureFixture[str]) -> None:
+    placement = "cluster.component_placement={env: cpu, rollout: 0-3, actor: 0-7}"
+    overrides = (placement, "openpi.train_expert_only=false", "actor.micro_batch_size=8")
+    params = load_params(PARAMS / "libero_10_ppo_openpi.yaml", overrides)
+    sharded = _with(params, {"actor.fsdp_config.sharding_strategy": "full_shard"})
+    offloaded = _with(sharded, {"actor.enable_offload": True})
+    whole, shared, both = (make_plan(each, 8, 80.0, 1000.0) for each in (params, sharded, offloaded))
+    memory = whole.memory
+    for device in ("GPU 0", "GPU 7"):
+        saved = whole.total(device) - shared.total(device)
+        kept = 7 / 8 * (memory.weights + memory.gradients + memory.optimizer)
+        # all that is kept, or less where the whole weights of the rollout's turn are now the most
+        assert 7 / 8 * (memory.gradients + memory.optimizer) - 1 <= saved <= kept + 1
+        assert shared.total(device) - both.total(device) >= 0
+    assert both.total(MAIN) - shared.total(MAIN) == pytest.approx(memory.optimizer)
+    print_plan("mine", sharded, 8, 80.0, 1000.0)
+    assert "weights, one of 8 parts" in capsys.readouterr().out
 
 
 def test_the_printed_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:

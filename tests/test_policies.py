@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -16,10 +17,11 @@ from torch import Tensor
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.policies import Learner, Policies
 from pi0rl.cluster.policy_worker import PolicyWorker
-from pi0rl.cluster.rollout_worker import RolloutWorker
+from pi0rl.cluster.rollout_worker import NoiseKey, RolloutWorker
 from pi0rl.cluster.session import ray_session
 from pi0rl.cluster.setup import loop_config, lora_config, sampler_config
 from pi0rl.cluster.waiting import fetch
+from pi0rl.errors import WorkerFailed
 from pi0rl.params import ClusterParams, Params
 from pi0rl.policy.checkpoints import save_policy
 
@@ -47,10 +49,10 @@ def rollout_maker(params: Params, checkpoint: Path) -> partial[RolloutWorker]:
     return partial(RolloutWorker, checkpoint, sampler_config(params), lora_config(params), 1, "cpu")
 
 
-def actor_maker(params: Params, checkpoint: Path) -> partial[ActorWorker]:
+def actor_maker(params: Params, checkpoint: Path, sharded: bool = False) -> partial[ActorWorker]:
     config = loop_config(params)
     settings = sampler_config(params), lora_config(params), config.update, config.train_expert_only
-    return partial(ActorWorker, checkpoint, *settings, False, 1, "cpu")
+    return partial(ActorWorker, checkpoint, *settings, False, 1, "cpu", sharded=sharded)
 
 
 @pytest.mark.usefixtures("workers_change_their_process")
@@ -72,6 +74,11 @@ def test_one_process_for_both_learns_and_acts_as_two_do(checkpoint: Path) -> Non
         assert metrics["actor/optimizer_steps"] > 0
         rollout.load(actor.weights())
         assert _equal(both.weights(), actor.weights())
+        with pytest.raises(
+            WorkerFailed, match="version 0 is to be played with, a rollout worker has weights that were"
+        ):
+            played(params, both, iteration)  # pyright: ignore[reportArgumentType]
+        both.announce(0)
 
 
 def test_two_actors_make_the_update_of_one(checkpoint: Path) -> None:
@@ -92,7 +99,9 @@ def test_two_actors_make_the_update_of_one(checkpoint: Path) -> None:
         learner.hand_over()
         weights: list[dict[str, Tensor]] = [fetch(actor.weights.remote(), "weights") for actor in actors]
         first, second = weights
-        played(params, _Remote(rollout), iteration=1)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(WorkerFailed, match="version 2 is to be played with, a rollout worker has version 1"):
+            fetch(rollout.begin.remote(NoiseKey(0, 0, 1), "train", 2), "the rollout worker")
+        played(params, _Remote(rollout, learner.version), iteration=1)  # pyright: ignore[reportArgumentType]
         again = learner.update(1, PLAN, params.algorithm, STEPS, 1.0)
     assert _equal(first, second)
     for name, weight in alone.weights().items():
@@ -103,10 +112,13 @@ def test_two_actors_make_the_update_of_one(checkpoint: Path) -> None:
 
 
 class _Remote:
-    """A rollout worker in another process, called as if it were here."""
+    """A rollout worker in another process, called as if it were here, to act with ``version`` of the weights."""
 
-    def __init__(self, handle: object) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, version: int = 0) -> None:
+        self._handle, self._version = handle, version
+
+    def begin(self, noise: NoiseKey, mode: str) -> None:
+        ray.get(self._handle.begin.remote(noise, mode, self._version))
 
     def __getattr__(self, method: str) -> object:
         return lambda *arguments: ray.get(getattr(self._handle, method).remote(*arguments))

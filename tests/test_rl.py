@@ -336,6 +336,12 @@ def test_optimizer_state_continues_to_the_same_bytes() -> None:
     toy, batch, optimizer = toy_problem(config)
     update(toy.evaluate, batch, optimizer, config, iteration=0)
     saved = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    moved = toy_problem(config)[2]
+    moved.load_state_dict(saved)
+    moved.move("meta")
+    moments = {name: tensor for name, tensor in moved.state_dict().items() if "exp_avg" in name}
+    assert moments
+    assert all(tensor.is_meta for tensor in moments.values())
     weights = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
     batch = replace(batch, log_probs=toy.evaluate(batch.samples).log_probs.detach())
     update(toy.evaluate, batch, optimizer, config, iteration=1)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from pi0rl.cluster.sharding import Shards, part_of, whole
 from pi0rl.cluster.team import ProcessTeam
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.model import Prefix, concatenate
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.sampling import SamplerConfig, evaluate_chains
+from pi0rl.policy.weights import write_safetensors
 from pi0rl.rl.advantages import Reference, make_batch
 from pi0rl.rl.config import UpdateConfig, effective
 from pi0rl.rl.metrics import rollout_metrics
@@ -44,6 +47,8 @@ class ActorWorker:
         num_threads: int,
         device: str,
         compiled: bool = False,
+        sharded: bool = False,
+        offload: bool = False,
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.use_deterministic_algorithms(True)
@@ -51,24 +56,45 @@ class ActorWorker:
         self._team: ProcessTeam | None = None
         self._start, self._sampler, self._config, self._device = start, sampler, config, device
         self._lora, self._train_expert_only = lora, train_expert_only
-        self._gradient_checkpointing, self._compiled = gradient_checkpointing, compiled
+        self._gradient_checkpointing, self._compiled, self._sharded = gradient_checkpointing, compiled, sharded
+        self._shards: Shards | None = None
+        self._moments_rest = "cpu" if offload else device
 
     def start(self) -> None:
         """Load the policy. Not done when the actor is created: Ray would hide why it failed."""
         self._policy = with_lora(load_policy(self._start), self._lora).to(self._device)
-        self._trainable = self._policy.trainable_parameters(self._train_expert_only)
         self._policy.model.set_gradient_checkpointing(self._gradient_checkpointing)
         if self._compiled:
             self._policy.model.compile_layers()
+        self._take_hold()
+
+    def _take_hold(self) -> None:
+        """Of the weights as they are kept from now on."""
+        self._trainable = self._policy.trainable_parameters(self._train_expert_only)
         critic = {name: p for name, p in self._trainable.items() if name.startswith("value_head.")}
         actor = {name: p for name, p in self._trainable.items() if name not in critic}
-        self._optimizer = PolicyOptimizer(actor, critic, self._config.optim)
+        self._optimizer = PolicyOptimizer(actor, critic, self._config.optim, whole)
         keeps = effective(self._config.algorithm).kl_beta > 0.0
         self._reference = {name: p.detach().clone() for name, p in actor.items()} if keeps else {}
 
     def join(self, address: str, rank: int, size: int) -> None:
         """Make every update together with ``size - 1`` other actors that join at ``address``."""
-        self._team = ProcessTeam(address, rank, size)
+        self._team = ProcessTeam(address, rank, size, in_step=self._sharded)
+        if self._sharded:
+            self._shards = Shards(self._policy, size)
+            with self._spread():
+                self._take_hold()
+
+    def _spread(self) -> AbstractContextManager[None]:
+        """Where the weights are spread over the actors, they are so in the block."""
+        return nullcontext() if self._shards is None else self._shards.spread()
+
+    @contextmanager
+    def _moments_here(self) -> Iterator[None]:
+        """Where AdamW's moments rest in main memory, they are on the device in the block."""
+        self._optimizer.move(self._device)
+        yield
+        self._optimizer.move(self._moments_rest)
 
     @property
     def policy(self) -> Policy:
@@ -86,24 +112,35 @@ class ActorWorker:
             earlier = load_policy(directory / "policy").named_weights()
         else:
             earlier = load_file(directory / TRAINED)
-        with torch.no_grad():
+        with torch.no_grad(), self._spread():
             for name, parameter in self._trainable.items():
-                parameter.copy_(earlier[name])
+                parameter.copy_(part_of(earlier[name], parameter))
         if directory is None:
             self._optimizer.reset()
         else:
-            self._optimizer.load_state_dict(load_file(directory / OPTIMIZER))
+            state = load_file(directory / OPTIMIZER)
+            for full_name, value in state.items():
+                name, _, key = full_name.rpartition("/")
+                if name in self._trainable and key != "step":
+                    state[full_name] = part_of(value, self._trainable[name])
+            self._optimizer.load_state_dict(state)
+            self._optimizer.move(self._moments_rest)
 
     def save(self, directory: Path) -> None:
-        """Write policy and optimiser into the existing folder ``directory``."""
+        """Write policy and optimiser into the existing folder ``directory``, which the first of several actors does."""
+        with self._moments_here():
+            moments = {name: whole(value).cpu() for name, value in self._optimizer.state_dict().items()}
+        if self._team is not None and self._team.rank > 0:
+            return
         save_policy(self._policy, directory / "policy")
         if self._lora is not None:
-            save_file({name: tensor.contiguous() for name, tensor in self.weights().items()}, directory / TRAINED)
-        save_file(self._optimizer.state_dict(), directory / OPTIMIZER)
+            write_safetensors(directory / TRAINED, self.weights())
+        write_safetensors(directory / OPTIMIZER, moments)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights only, on the CPU."""
-        return {name: parameter.detach().cpu() for name, parameter in self._trainable.items()}
+        trainable = self._policy.trainable_parameters(self._train_expert_only)
+        return {name: parameter.detach().cpu() for name, parameter in trainable.items()}
 
     def update(
         self, iteration: int, max_episode_steps: int, *parts: list[Trajectory], lr_factor: float = 1.0
@@ -118,10 +155,11 @@ class ActorWorker:
         rollout = Rollout(trajectory for part in parts for trajectory in part)
         batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
         self._policy.train()
-        evaluate = self._evaluator(rollout, iteration)
-        if self._reference:
-            batch = replace(batch, reference=self._make_of_it_at_the_start(evaluate, batch.samples))
-        report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor, self._team)
+        with self._spread(), self._moments_here():
+            evaluate = self._evaluator(rollout, iteration)
+            if self._reference:
+                batch = replace(batch, reference=self._make_of_it_at_the_start(evaluate, batch.samples))
+            report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor, self._team)
         return rollout_metrics(rollout, batch) | report.metrics
 
     def _make_of_it_at_the_start(self, evaluate: Evaluate, samples: Tensor) -> Reference:
@@ -140,10 +178,13 @@ class ActorWorker:
             std=torch.cat([std for std in stds if std is not None]),
         )
 
+    @torch.no_grad()
     def _change_places(self) -> None:
         for name, elsewhere in self._reference.items():
             parameter = self._trainable[name]
-            parameter.data, self._reference[name] = elsewhere, parameter.data
+            here = parameter.detach().clone()
+            parameter.copy_(elsewhere)  # in place: weights that are spread have no other way
+            elsewhere.copy_(here)
 
     def _evaluator(self, rollout: Rollout, iteration: int) -> Evaluate:
         prefix_of, sampler = self._prefixes(rollout), self._sampler.at(iteration)

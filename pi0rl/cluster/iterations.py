@@ -37,6 +37,8 @@ class LoopConfig:
         final: whether the run ends with its last policy or with the one that validated best.
         guards: when it counts as collapsed, and what then happens.
         train_expert_only, gradient_checkpointing, num_threads: of the actor.
+        sharded: whether its weights are spread over its processes.
+        offload: whether its moments are in main memory while episodes are played.
     """
 
     suites: tuple[str, ...]
@@ -56,6 +58,8 @@ class LoopConfig:
     train_expert_only: bool
     gradient_checkpointing: bool
     num_threads: int
+    sharded: bool
+    offload: bool
     rewards: RewardConfig
     update: UpdateConfig
     guards: GuardConfig
@@ -79,10 +83,8 @@ class Run:
 
     def play(self, number: int) -> Stopwatch:
         """Play the episodes of iteration ``number``; no weight changes."""
-        watch = Stopwatch()
-        self._players.play(
-            iteration_plan(self._config, number), NoiseKey(self._config.seed, TRAIN_STREAM, number), "train"
-        )
+        watch, noise = Stopwatch(), NoiseKey(self._config.seed, TRAIN_STREAM, number)
+        self._players.play(iteration_plan(self._config, number), noise, "train", version=self._learner.version)
         watch.lap("time/generate_rollouts")
         return watch
 
@@ -116,7 +118,8 @@ class Run:
     def validate(self, done: int) -> tuple[float, dict[str, float], float]:
         """Success over the validation plan of the policy after ``done`` iterations, by suite as metrics, seconds."""
         watch, plan = Stopwatch(), self._config.validation_plan
-        results = self._players.play(plan, NoiseKey(self._config.seed, VALIDATION_STREAM, 0), "eval")
+        noise = NoiseKey(self._config.seed, VALIDATION_STREAM, 0)
+        results = self._players.play(plan, noise, "eval", version=self._learner.version)
         watch.lap("time/eval")
         outcomes: dict[str, list[bool]] = {}
         for episode, result in zip(plan, results, strict=True):

@@ -159,4 +159,6 @@ def _actor_maker(config: LoopConfig, players: PlayersConfig, start: Path) -> Mak
         config.gradient_checkpointing,
         config.num_threads,
         compiled=players.compiled,
+        sharded=config.sharded,
+        offload=config.offload,
     )

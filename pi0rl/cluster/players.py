@@ -18,12 +18,15 @@ from pi0rl.cluster.playing import Cell, play
 from pi0rl.cluster.policies import MakeRollout, start_policies
 from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import NoiseKey, PlayMode, RolloutWorker
-from pi0rl.cluster.waiting import fetch_all
+from pi0rl.cluster.waiting import fetch, fetch_all
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult, SlotConfig
 from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
+
+# A process that starts on a busy machine; on a node that is lost it never would.
+RESTART_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ class Players:
             for number in range(config.workers)
         ]
 
-    def load(self, weights: Any) -> None:
-        """Give all rollout workers new weights (a reference to a dict of tensors, or the dict)."""
-        fetch_all([rollout.load.remote(weights) for rollout in self._rollouts], "the rollout workers to take weights")
+    def load(self, weights: Any, version: int) -> None:
+        """Give all rollout workers new weights (a reference to a dict of tensors, or the dict) under a number."""
+        loads = [rollout.load.remote(weights, version) for rollout in self._rollouts]
+        fetch_all(loads, "the rollout workers to take weights")
 
     def play(
         self,
@@ -89,9 +93,14 @@ class Players:
         mode: PlayMode,
         record: frozenset[int] = frozenset(),
         on_results: Callable[[Sequence[EpisodeResult]], None] = lambda results: None,
+        version: int = 0,
     ) -> list[EpisodeResult]:
-        """Play every row of ``plan`` once; results in plan order, and through ``on_results`` as episodes finish."""
-        fetch_all([rollout.begin.remote(noise, mode) for rollout in self._rollouts], "the rollout workers to begin")
+        """Play every row of ``plan`` once; results in plan order, and through ``on_results`` as episodes finish.
+
+        A rollout worker with another ``version`` of the weights refuses; 0 are those that it began with.
+        """
+        begins = [rollout.begin.remote(noise, mode, version) for rollout in self._rollouts]
+        fetch_all(begins, "the rollout workers to begin")
         return play(self._cells, self._envs, plan, record, on_results)
 
     def env_seconds(self) -> list[dict[str, float]]:
@@ -117,6 +126,8 @@ class _Envs:
     def replace(self, number: int) -> None:
         ray.kill(self.workers[number])
         self.workers[number] = self._start(number)
+        started = f"env worker {number} to start again; is its node lost?"
+        fetch(self.workers[number].seconds.remote(), started, RESTART_SECONDS)
 
     def _start(self, number: int) -> Any:
         config = self._config

@@ -59,10 +59,15 @@ def start_policies(room: Reservation, make_rollout: MakeRollout, make_actor: Mak
 
 
 class Learner:
-    """The actor component: one process or several that make the same update."""
+    """The actor component: one process or several that make the same update.
+
+    Attributes:
+        version: of the weights that were handed over last; 0 are those that the processes began with.
+    """
 
     def __init__(self, policies: Policies) -> None:
         self._policies = policies
+        self.version = 0
 
     def resume(self, directory: Path | None) -> None:
         """Everybody has the weights that ``save`` wrote there, the actors their optimiser too; None: as begun."""
@@ -71,7 +76,7 @@ class Learner:
 
     def save(self, directory: Path, seconds: float = WAIT_SECONDS) -> None:
         """Policy and optimiser into the existing ``directory``."""
-        fetch(self._policies.actors[0].save.remote(directory), "the actor's checkpoint", seconds)
+        fetch_all([actor.save.remote(directory) for actor in self._policies.actors], "the actor's checkpoint", seconds)
 
     def update(
         self,
@@ -94,8 +99,12 @@ class Learner:
         return fetch_all(updates, "the actor's update", UPDATE_SECONDS)[0]
 
     def hand_over(self) -> None:
-        """The trained weights to whoever acts with a copy; nothing where one process does both."""
+        """The trained weights, as a new version, to whoever acts with a copy; its number alone where one process does
+        both."""
+        version = self.version + 1
+        fetch_all([actor.announce.remote(version) for actor in self._policies.actors], "the actor's weights")
         if self._policies.copies:
             weights = self._policies.actors[0].weights.remote()
-            loads = [rollout.load.remote(weights) for rollout in self._policies.copies]
+            loads = [rollout.load.remote(weights, version) for rollout in self._policies.copies]
             fetch_all(loads, "the rollout workers to take over the weights")
+        self.version = version

@@ -1,7 +1,7 @@
 """The process on one seat: one copy of the policy, which acts, learns, or does both by turns.
 
-Where rollout and actor are placed on one GPU (or on cores) there is nothing to hand over and nothing to offload: the
-weights that act are the weights that were updated.
+Where rollout and actor are placed on one GPU (or on cores) there is nothing to hand over: the weights that act are the
+weights that were updated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.rollout_worker import NoiseKey, PlayMode, RolloutWorker
 from pi0rl.cluster.team import meeting_place
+from pi0rl.errors import WorkerFailed
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import Look
 from pi0rl.rl.config import RewardConfig
@@ -34,6 +35,7 @@ class PolicyWorker:
         self._rollout = None if make_rollout is None else make_rollout()
         self._actor = None if make_actor is None else make_actor()
         self._collected: list[Trajectory] = []
+        self._version: int | None = 0
 
     def start(self) -> None:
         """Load the policy, once."""
@@ -44,7 +46,11 @@ class PolicyWorker:
 
     # What a rollout worker does.
 
-    def begin(self, noise: NoiseKey, mode: PlayMode) -> None:
+    def begin(self, noise: NoiseKey, mode: PlayMode, version: int = 0) -> None:
+        """See `RolloutWorker.begin`; a WorkerFailed unless the weights here are those of ``version``."""
+        if self._version != version:
+            has = "weights that were never handed over" if self._version is None else f"version {self._version}"
+            raise WorkerFailed(f"weights: version {version} is to be played with, a rollout worker has {has}")
         self._acting.begin(noise, mode)
 
     def act(self, look: Look) -> np.ndarray:
@@ -58,8 +64,9 @@ class PolicyWorker:
     ) -> list[Trajectory]:
         return self._acting.trajectories(plan, rewards, max_episode_steps)
 
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load(self, weights: dict[str, Tensor], version: int) -> None:
         self._acting.load(weights)
+        self._version = version
 
     def acting_seconds(self) -> float:
         return self._acting.seconds
@@ -74,10 +81,15 @@ class PolicyWorker:
         self._learning.join(address, rank, size)
 
     def resume(self, directory: Path | None) -> None:
+        self._version = None
         self._learning.resume(directory)
 
     def save(self, directory: Path) -> None:
         self._learning.save(directory)
+
+    def announce(self, version: int) -> None:
+        """The weights are as they are to be handed over, and have a name."""
+        self._version = version
 
     def weights(self) -> dict[str, Tensor]:
         return self._learning.weights()
@@ -90,7 +102,7 @@ class PolicyWorker:
         self, iteration: int, max_episode_steps: int, *parts: list[Trajectory], lr_factor: float = 1.0
     ) -> dict[str, float]:
         """See `ActorWorker.update`; what was collected here comes on top of ``parts``."""
-        own, self._collected = self._collected, []
+        own, self._collected, self._version = self._collected, [], None
         return self._learning.update(iteration, max_episode_steps, own, *parts, lr_factor=lr_factor)
 
     @property

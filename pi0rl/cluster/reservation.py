@@ -48,6 +48,12 @@ class Reservation:
         self._env_seats = placement.env_seats(env_workers) if "env" in components else ()
         torch_seats = [seat for name in components if name != "env" for seat in placement.seats(name)]
         cores = Counter(seat.node for seat in self._env_seats)
+        last = max(seat.node for seat in (*self._env_seats, *torch_seats))
+        if last >= len(nodes):
+            raise UserError(
+                f"cluster.component_placement: node {last} is not there any more, Ray has {len(nodes)} nodes left; "
+                "start it again (`ray start --address ...`), or place on the others, and run the same command to resume"
+            )
         refuse_too_few_cores(cores, nodes)
         on_node = sorted({*cores, *(seat.node for seat in torch_seats if seat.gpu is None)})
         on_gpu = sorted({(seat.node, seat.gpu) for seat in torch_seats if seat.gpu is not None})

@@ -146,6 +146,8 @@ def loop_config(params: Params) -> LoopConfig:
         train_expert_only=params.openpi.train_expert_only,
         gradient_checkpointing=params.actor.fsdp_config.gradient_checkpointing,
         num_threads=actor.num_threads,
+        sharded=actor.fsdp_config.sharding_strategy == "full_shard",
+        offload=actor.enable_offload,
         rewards=RewardConfig(
             algorithm.reward_coef,
             algorithm.use_rel_reward,

@@ -13,6 +13,7 @@ import ray
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # One micro batch of the slowest; the first one compiles kernels.
 TEAM_SECONDS = 1800.0
@@ -29,15 +30,19 @@ class ProcessTeam:
     """This process as one of ``size`` that meet at ``address`` (tcp://host:port); see :class:`pi0rl.rl.update.Team`.
 
     Gradients travel by NCCL between GPUs and by gloo between cores. Sums are the same to the bit in every process.
+    ``in_step``: the weights are spread, see :mod:`pi0rl.cluster.sharding`; their gradients are summed as they arise.
     """
 
-    def __init__(self, address: str, rank: int, size: int, seconds: float = TEAM_SECONDS) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, address: str, rank: int, size: int, in_step: bool = False, seconds: float = TEAM_SECONDS
+    ) -> None:
+        self.rank, self.size, self.in_step = rank, size, in_step
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, address, timedelta(seconds=seconds), world_size=size, rank=rank)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Every gradient becomes its sum over the team; it stays None where no process has one."""
+        parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         if not parameters:
             return
         device = parameters[0].device

@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,13 +114,21 @@ def _no_weights(directory: Path) -> str:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors straight from where they lie (a memory map, perhaps): no second copy in memory."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, mostly, which others report as an OSError
+        cause = re.search(r"os error (\d+)", str(error))
+        if cause is None:
+            raise
+        raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file)) from error
     file.chmod(0o644)  # safetensors makes files private
 
 
 def policy_tensors(policy: Policy) -> dict[str, Tensor]:
     """The policy's tensors under openpi's and RLinf's names, on the CPU; adapters are merged."""
-    state = policy.state_dict() if policy.lora_rank is None else merged_state(policy)
+    # not its state_dict: that would take apart what several actors share, see pi0rl.cluster.sharding
+    own = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+    state = own if policy.lora_rank is None else merged_state(policy)
     return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in state.items()}
 
 

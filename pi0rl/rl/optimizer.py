@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from pi0rl.rl.config import OptimConfig
 class PolicyOptimizer:
     """One AdamW with separate learning rates for the actor's and the critic's parameters.
 
+    Parameters may be spread over several processes: then they have a type of their own, and ``whole`` makes a plain
+    tensor of what is computed from them.
+
     Attributes:
         steps: optimiser steps taken, the critic-only ones included.
         actor_steps: those of them that moved the actor.
@@ -20,17 +23,21 @@ class PolicyOptimizer:
     """
 
     def __init__(
-        self, actor: Mapping[str, nn.Parameter], critic: Mapping[str, nn.Parameter], config: OptimConfig
+        self,
+        actor: Mapping[str, nn.Parameter],
+        critic: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
-        self.config = config
+        self.config, self._whole = config, whole
         self.actor = dict(actor)
         self.critic = dict(critic)
         self.steps = 0
         self.actor_steps = 0
         self.updates = 0
-        groups = [{"params": list(self.actor.values()), "lr": config.lr}]
-        if self.critic:
-            groups.append({"params": list(self.critic.values()), "lr": config.value_lr})
+        # AdamW steps a group at once, which it cannot where types are mixed
+        groups = [{"params": group, "critic": False} for group in _by_type(self.actor.values())]
+        groups += [{"params": group, "critic": True} for group in _by_type(self.critic.values())]
         self._adamw = torch.optim.AdamW(
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -53,17 +60,29 @@ class PolicyOptimizer:
         if critic_only:
             for parameter in self.actor.values():
                 parameter.grad = None
-        parameters = [*self.actor.values(), *self.critic.values()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
+        norm = self._clip()
         taken = bool(torch.isfinite(norm))
         if taken:
-            for group, rate in zip(self._adamw.param_groups, (actor_lr, value_lr), strict=False):
-                group["lr"] = rate
+            for group in self._adamw.param_groups:
+                group["lr"] = value_lr if group["critic"] else actor_lr
             self._adamw.step()
             self.steps += 1
             self.actor_steps += not critic_only
         self.zero_grad()
         return float(norm), taken
+
+    def _clip(self) -> Tensor:
+        """The joint norm of all gradients before it is clipped."""
+        groups = _by_type([*self.actor.values(), *self.critic.values()])
+        if len(groups) == 1:
+            return torch.nn.utils.clip_grad_norm_(groups[0], self.config.clip_grad)
+        gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+        norms = [self._whole(torch.nn.utils.get_total_norm(group)) for group in gradients if group]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor = float((self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        for gradient in (gradient for group in gradients for gradient in group):
+            gradient.mul_(factor)
+        return norm
 
     def forget(self) -> None:
         """Drop Adam's moments (RLinf rebuilds its optimiser after the critic warm-up)."""
@@ -73,6 +92,13 @@ class PolicyOptimizer:
         """As at the start of a run."""
         self.forget()
         self.steps = self.actor_steps = self.updates = 0
+
+    def move(self, device: str) -> None:
+        """Keep Adam's moments on ``device``; steps need them where the parameters are."""
+        for state in self._adamw.state.values():
+            for key, value in state.items():
+                if key != "step":
+                    state[key] = value.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors: three counters, and ``<parameter>/<exp_avg, exp_avg_sq or step>``."""
@@ -95,3 +121,11 @@ class PolicyOptimizer:
         self.steps = int(state["steps"])
         self.actor_steps = int(state["actor_steps"])
         self.updates = int(state["updates"])
+
+
+def _by_type(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """``parameters`` in groups of one type each, in their order."""
+    groups: dict[type, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(type(parameter), []).append(parameter)
+    return list(groups.values())

@@ -44,10 +44,14 @@ Evaluate = Callable[[Tensor], Evaluation]
 
 
 class Team(Protocol):
-    """Several processes that make one update: each computes every ``size``-th micro batch, from its ``rank`` on."""
+    """Several processes that make one update: each computes every ``size``-th micro batch, from its ``rank`` on.
+
+    ``in_step``: none can compute without the others, so where some have a micro batch less they compute one in vain.
+    """
 
     rank: int
     size: int
+    in_step: bool
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Put the sum over the team into every gradient; None where nobody has one."""
@@ -61,7 +65,7 @@ class Team(Protocol):
 class Alone:
     """A team of one."""
 
-    rank, size = 0, 1
+    rank, size, in_step = 0, 1, False
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nobody else has any."""
@@ -139,8 +143,12 @@ def update(
     for minibatch in minibatches(len(batch), config, iteration):
         critic_only = _critic_only(optimizer, config)
         done = len(tally.metrics)
-        parts = minibatch.split(config.micro_batch_size)[team.rank :: team.size]
-        tally.add(team.gather(_accumulate_gradients(evaluate, batch, parts, len(minibatch), settings, critic_only)))
+        parts = minibatch.split(config.micro_batch_size)
+        own = list(parts[team.rank :: team.size])
+        shares = [len(rows) / len(minibatch) for rows in own]
+        if team.in_step and len(own) < -(-len(parts) // team.size):
+            own, shares = [*own, parts[0]], [*shares, 0.0]
+        tally.add(team.gather(_accumulate_gradients(evaluate, batch, own, shares, settings, critic_only)))
         fresh = tally.metrics[done:]
         if done == 0:
             first_ratio_error = max(float(metrics["max_log_ratio"]) for _, metrics in fresh)
@@ -190,18 +198,20 @@ def _accumulate_gradients(
     evaluate: Evaluate,
     batch: Batch,
     parts: Sequence[Tensor],
-    minibatch_size: int,
+    shares: Sequence[float],
     settings: AlgorithmConfig,
     critic_only: bool,
 ) -> list[_Part]:
-    """Backward pass over micro batches of a minibatch, each weighted by its share of the minibatch's rows."""
+    """Backward pass over micro batches, each weighted by its share of the minibatch's rows; those with none have no
+    part in the result."""
     done: list[_Part] = []
-    for rows in parts:
+    for rows, share in zip(parts, shares, strict=True):
         part = batch.rows(rows.to(batch.samples.device))
-        share = len(rows) / minibatch_size
         result = evaluate(part.samples)
         loss, metrics = _loss(part, result, settings, critic_only)
         (share * loss).backward()
+        if share == 0.0:
+            continue
         moments = None
         if result.values is not None and part.returns is not None:
             moments = losses.explained_variance_moments(result.values[:, None], part.returns, part.mask)

@@ -186,8 +186,8 @@ def _playing(
         def play(step: int) -> dict[str, float]:
             if not _due(params, step):
                 return {}
-            players.load(training.weights())
-            results = players.play(plan, NoiseKey(_seed(params), VALIDATION_STREAM, 0), "eval")
+            players.load(training.weights(), step)
+            results = players.play(plan, NoiseKey(_seed(params), VALIDATION_STREAM, 0), "eval", version=step)
             return {"sft/success_once": sum(result.success for result in results) / len(results)}
 
         yield play

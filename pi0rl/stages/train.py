@@ -36,6 +36,7 @@ def run(experiment: Experiment) -> None:
     """Train, or go on training."""
     params, folder = experiment.params, experiment.stage_dir("train")
     _say_what_validates(params)
+    _say_what_is_never_idle(params)
     sft_policy = experiment.stage_dir("sft") / "policy"
     require_checkpoint(sft_policy, "sft")
     origin = _origin(params, sft_policy)
@@ -84,6 +85,14 @@ def _say_what_validates(params: Params) -> None:
         )
     also = f"{judged} of these {len(plan)} in the final evaluation too" if judged else "none in the final evaluation"
     print(f"train: validated from {states}, {also}", file=sys.stderr)
+
+
+def _say_what_is_never_idle(params: Params) -> None:
+    """One line per ``enable_offload`` that has nothing to do."""
+    if params.rollout.enable_offload:
+        print("train: rollout.enable_offload: the rollout's weights are the learner's, none are idle", file=sys.stderr)
+    if params.env.enable_offload:
+        print("train: env.enable_offload: simulators hold no GPU memory that others could use", file=sys.stderr)
 
 
 def _say_which_heads_are_left_out(checkpoint: Policy, begun: Policy) -> None:
