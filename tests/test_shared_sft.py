@@ -55,7 +55,8 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recording = Recording(True, state, np.tanh(state[:, :7]), images)
             save_part(recording, folder / "parts" / part_name(task, number))
         chosen.append((task, [0, 1]))
-    assemble({"fingerprint": "0" * 16}, 64, 1, chosen, folder / "parts", folder / "demos")
+    described = {"fingerprint": "0" * 16, "collection": {"action_noise": 0.0, "split": "official", "seed": 0}}
+    assemble(described, 64, 1, chosen, folder / "parts", folder / "demos")
     return folder / "demos"
 
 
