@@ -20,6 +20,7 @@ from pi0rl.cluster.placement import resolve_placement
 from pi0rl.params import Params, load_params
 from pi0rl.plan import memory_config
 from pi0rl.policy import memory
+from pi0rl.policy.precision import materialise
 
 PARAMS = Path(__file__).parents[1] / "params" / "libero_spatial_ppo_openpi.yaml"
 SIZES = (8, 64, 256)
@@ -63,6 +64,7 @@ def measured(params: Params, steps_per_second: float) -> Constants:
     config = memory_config(params, resolve_placement(params.cluster, (1,)))
     with FakeTensorMode():
         policy = memory._policy(config)
+        materialise(policy, config.precision)
         trained = list(policy.trainable_parameters(config.train_expert_only).values())
         with FlopCounterMode(display=False) as acting:
             memory._look(policy, config)
