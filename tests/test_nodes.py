@@ -97,3 +97,31 @@ def test_every_placement_trains_to_the_same(two_nodes: Cluster, tmp_path: Path) 
             assert one.metrics["actor/first_ratio_error"] < 1e-3
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_lost_node_ends_the_run_and_it_can_be_resumed(two_nodes: Cluster, tmp_path: Path) -> None:
+    third = two_nodes.add_node(**NODE)
+    two_nodes.wait_for_nodes()
+    params = load_params(QUICKSTART, SMALL)
+    save_policy(make_policy(PREFIX_CRITIC), tmp_path / "start")
+    loop, players, told = loop_config(params), players_config(params, params.env.train), list[str]()
+
+    def run(placement: Placement, folder: Path, lose: bool) -> dict[str, torch.Tensor]:
+        def on_iteration(iteration: Iteration) -> None:
+            if lose and iteration.number == 0:
+                two_nodes.remove_node(third, allow_graceful=False)
+
+        start = tmp_path / "start"
+        policy = train(loop, players, placement, start, folder, on_iteration, lambda done: None, told.append)
+        return load_file(policy / "model.safetensors")
+
+    # in one of its processes every run has the third node, whatever Ray's order of the nodes
+    apart = placed({"env": "0", "rollout": "4", "actor": "8"}, nodes=3)
+    with pytest.raises(UserError, match=r"node [12] is not there any more, Ray has 2 nodes left; .* to resume"):
+        run(apart, tmp_path / "run", lose=True)
+    assert len(told) == 1
+    again = run(placed({"env": "cpu", "rollout": "0", "actor": "4"}), tmp_path / "run", lose=False)
+    straight = run(placed({"env": "cpu", "rollout": "0", "actor": "4"}), tmp_path / "straight", lose=False)
+    for name, weight in straight.items():
+        assert torch.equal(again[name], weight)

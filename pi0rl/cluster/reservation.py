@@ -48,12 +48,8 @@ class Reservation:
         self._env_seats = placement.env_seats(env_workers) if "env" in components else ()
         torch_seats = [seat for name in components if name != "env" for seat in placement.seats(name)]
         cores = Counter(seat.node for seat in self._env_seats)
-        last = max(seat.node for seat in (*self._env_seats, *torch_seats))
-        if last >= len(nodes):
-            raise UserError(
-                f"cluster.component_placement: node {last} is not there any more, Ray has {len(nodes)} nodes left; "
-                "start it again (`ray start --address ...`), or place on the others, and run the same command to resume"
-            )
+        used = {seat.node for seat in (*self._env_seats, *torch_seats)}
+        refuse_lost_nodes(used, nodes)
         refuse_too_few_cores(cores, nodes)
         on_node = sorted({*cores, *(seat.node for seat in torch_seats if seat.gpu is None)})
         on_gpu = sorted({(seat.node, seat.gpu) for seat in torch_seats if seat.gpu is not None})
@@ -64,6 +60,7 @@ class Reservation:
         self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
         if not self._group.wait(seconds):
             remove_placement_group(self._group)
+            refuse_lost_nodes(used, nodes)  # one that died a moment ago was still listed
             raise UserError(_refusal(on_gpu, cores, nodes, seconds))
 
     def env_options(self, worker: int) -> dict[str, Any]:
@@ -87,6 +84,17 @@ class Reservation:
 
     def _strategy(self, seat: Seat) -> dict[str, Any]:
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, self._bundle_of[seat])}
+
+
+def refuse_lost_nodes(used: set[int], nodes: Sequence[Node]) -> None:
+    """Raises UserError where one of the nodes ``used``, by their numbers among ``nodes``, is not there any more."""
+    alive = {node.identity for node in cluster_nodes()}
+    lost = [node for node in sorted(used) if node >= len(nodes) or nodes[node].identity not in alive]
+    if lost:
+        raise UserError(
+            f"cluster.component_placement: node {lost[0]} is not there any more, Ray has {len(alive)} nodes left; "
+            "start it again (`ray start --address ...`), or place on the others, and run the same command to resume"
+        )
 
 
 def refuse_too_few_cores(workers: Counter[int], nodes: Sequence[Node]) -> None:
