@@ -22,6 +22,7 @@ from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, freeze, open_experiment, project_root, resolve
 from pi0rl.files import replace_text
 from pi0rl.processes import Interrupted, die_with_parent, raise_on_signals, run_child, stop_descendants
+from pi0rl.sweeps import Point
 
 STAGES = {
     "resolve": "write the params with all defaults to the run folder",
@@ -116,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     description = "every point of a sweep in params/sweeps/, then their comparison"
     sweep = commands.add_parser("sweep", help=description, description=_sentence(description))
     sweep.add_argument("sweep", help="a name in params/sweeps/ (quickstart)")
-    sweep.add_argument("--list", action="store_true", help="only list the points")
+    instead = sweep.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="only list the points")
+    instead.add_argument("--compare", action="store_true", help="only compare the points that have a report by now")
     _add_overrides(sweep)
     description = "checkpoints that `pi0rl evaluate --checkpoint` examined, side by side and paired by episode"
     compare = commands.add_parser("compare", help=description, description=_sentence(description))
@@ -319,8 +322,26 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.list:
         print(describe(sweep, points))
         return 0
+    if options.compare:
+        return _compare_reported(options.sweep, points, [chain[-1] for chain in chains])
     root = chains[0][-1].root if chains else project_root()
     return _flow(root, "flows.sweep", options.sweep, *options.overrides)
+
+
+def _compare_reported(name: str, points: Sequence[Point], own: Sequence[Experiment]) -> int:
+    from pi0rl.report.sweep import Finished, write_sweep_report
+    from pi0rl.sweeps import sweep_report_dir
+
+    finished = [
+        Finished(point.name, point.coordinates, experiment.report_dir)
+        for point, experiment in zip(points, own, strict=True)
+        if (experiment.report_dir / "results.json").is_file()
+    ]
+    if not finished:
+        raise UserError(f"sweep {name}: no point has a report in {sweep_report_dir(name).parent}; run the sweep first")
+    target = write_sweep_report(name, finished, sweep_report_dir(name))
+    print(f"comparison of {len(finished)} of {len(points)} points: {target}")
+    return 0
 
 
 def _flow(root: Path, module: str, *arguments: str) -> int:

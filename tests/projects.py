@@ -106,6 +106,7 @@ RESULTS = {
         {"split": "held_out", "suite": "libero_object", "task_id": 0, "counts": {"sft": [3, 10], "ppo": [6, 10]}}
     ],
     "protocol": "0123456789ab",
+    "checkpoints_sha256": {"sft/policy/model.safetensors": "00"},
 }
 
 

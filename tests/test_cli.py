@@ -123,7 +123,8 @@ def test_status_writes_nothing_and_other_params_are_announced(project: Path) -> 
     assert not (project / "runs" / "other").exists()
     call("resolve", "quickstart", "--output", "runs/other", cwd=project)
     result = call("resolve", "quickstart", "--output", "runs/other", "--set", "seed=3", cwd=project)
-    assert result.stdout == "runs/other: params changed (seed: 0 -> 3); what depends on them runs again\n"
+    changed = "runs/other: params changed (seed: 0 -> 3, sft.seed: 0 -> 3); what depends on them runs again\n"
+    assert result.stdout == changed
     result = call(*asked, cwd=project)
-    assert result.stdout.startswith("runs/other: lies there with other params (seed: 3 -> 0);")
+    assert result.stdout.startswith("runs/other: lies there with other params (seed: 3 -> 0, sft.seed: 3 -> 0);")
     assert "seed: 3" in (project / "runs" / "other" / "params.yaml").read_text()

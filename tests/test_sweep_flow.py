@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +34,13 @@ def test_a_sweep_outlives_its_points_and_runs_only_what_is_missing(
     assert sorted(each.name for each in project.glob("gpu-*")) == ["gpu-0", "gpu-1"]
     assert _ran(project) == [point for point in POINTS if point != "lr0.0001-seed1"]
     assert _compared(project) == _ran(project)
+
+    comparison = project / "reports" / "sweeps" / "quickstart" / "comparison"
+    before = (comparison / "comparison.csv").read_text()
+    shutil.rmtree(comparison)
+    result = call("sweep", "quickstart", "--compare", cwd=project)
+    assert "comparison of 3 of 4 points" in result.stdout, result.stderr
+    assert (comparison / "comparison.csv").read_text() == before
 
     (project / "fail-lr0.0001-seed1").unlink()
     (project / "log").unlink()
