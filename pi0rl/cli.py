@@ -352,6 +352,7 @@ def _flow(root: Path, module: str, *arguments: str) -> int:
         "PREFECT_HOME": str(home),
         "PREFECT_PLUGINS_ENABLED": "false",  # ours is about the command line
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the stages speak for themselves
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
         "DO_NOT_TRACK": "1",
     }
     command = [sys.executable, "-m", module, *arguments]
