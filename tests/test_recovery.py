@@ -201,6 +201,14 @@ def end_of_run(checkpoint: Path, folder: Path) -> tuple[bytes, bytes]:
     return (policy / "model.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal, whatever started the tests or ran before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("name", "grace", "left"),
     [
@@ -210,6 +218,7 @@ def end_of_run(checkpoint: Path, folder: Path) -> tuple[bytes, bytes]:
     ],
 )
 def test_an_interruption_costs_what_was_not_finished(
+    interruptible: None,
     straight: tuple[bytes, bytes],
     checkpoint: Path,
     tmp_path: Path,

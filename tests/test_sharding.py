@@ -78,6 +78,8 @@ def test_two_that_share_the_weights_learn_as_one_does(tmp_path: Path, recomputed
     first, second = (load_file(tmp_path / f"handed over by {rank}.safetensors") for rank in range(2))
     saved = load_file(tmp_path / "shared 1" / "policy" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], saved[name]) for name in first)
+    alone.resume(tmp_path / "shared 0")
+    assert alone.update(1, STEPS, parts[1]) == pytest.approx(expected[1], rel=1e-3, abs=1e-4)
 
 
 def learn(rank: int, address: str, params: Params, parts: list[list[Trajectory]], folder: Path, answers: Any) -> None:
