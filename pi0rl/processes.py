@@ -22,7 +22,13 @@ import psutil
 # Time a child has to save what it can and to shut Ray or the simulators down (about 2 s) before it is killed. Whoever
 # has more of it, as on a cluster whose scheduler warns early, says so in the variable: it is no part of an experiment.
 GRACE_VARIABLE = "PI0RL_GRACE_SECONDS"
-GRACE_SECONDS = float(os.environ.get(GRACE_VARIABLE, "20"))
+try:
+    GRACE_SECONDS = float(os.environ.get(GRACE_VARIABLE, "20"))
+    assert 0.0 < GRACE_SECONDS < float("inf")
+except (ValueError, AssertionError):  # no exception: whoever imports this could not print it as a line
+    raise SystemExit(
+        f"pi0rl: error: {GRACE_VARIABLE}={os.environ[GRACE_VARIABLE]}: expected a positive number of seconds"
+    ) from None
 
 _LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
 _PR_SET_PDEATHSIG = 1
@@ -60,7 +66,9 @@ def signals_postponed(seconds: float) -> Iterator[None]:
 
     def deliver(*_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        for each, handler in before.items():
+        handlers = dict(before)
+        before.clear()  # once: what a handler has put in its own place stays there
+        for each, handler in handlers.items():
             signal.signal(each, handler)
         if arrived:
             signal.raise_signal(arrived.pop())

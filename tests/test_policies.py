@@ -103,6 +103,9 @@ def test_two_actors_make_the_update_of_one(checkpoint: Path) -> None:
             fetch(rollout.begin.remote(NoiseKey(0, 0, 1), "train", 2), "the rollout worker")
         played(params, _Remote(rollout, learner.version), iteration=1)  # pyright: ignore[reportArgumentType]
         again = learner.update(1, PLAN, params.algorithm, STEPS, 1.0)
+        ray.kill(actors[1])
+        with pytest.raises(WorkerFailed, match=r"the actor's update: a worker died|an actor failed in the update"):
+            learner.update(2, PLAN, params.algorithm, STEPS, 1.0)
     assert _equal(first, second)
     for name, weight in alone.weights().items():
         torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)

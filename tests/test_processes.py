@@ -73,6 +73,7 @@ def test_a_signal_waits_for_the_end_of_a_block_but_not_for_ever(
     try:
         with pytest.raises(Interrupted) as raised:
             signalled_twice()
+        assert signal.getsignal(signum) == signal.SIG_IGN  # a later one cannot break into the cleaning up
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -128,9 +128,16 @@ class ActorWorker:
 
     def save(self, directory: Path) -> None:
         """Write policy and optimiser into the existing folder ``directory``, which the first of several actors does."""
+        first = self._team is None or self._team.rank == 0
+        if not first and self._shards is None:
+            return
+        moments = {}
         with self._moments_here():
-            moments = {name: whole(value).cpu() for name, value in self._optimizer.state_dict().items()}
-        if self._team is not None and self._team.rank > 0:
+            for name, value in self._optimizer.state_dict().items():
+                together = whole(value)  # of what is spread, all take part
+                if first:
+                    moments[name] = together.cpu()
+        if not first:
             return
         save_policy(self._policy, directory / "policy")
         if self._lora is not None:

@@ -19,6 +19,7 @@ from pi0rl.cluster.placement import Placement
 from pi0rl.cluster.players import Players, PlayersConfig, rollout_maker
 from pi0rl.cluster.policies import Learner, MakeActor, start_policies
 from pi0rl.cluster.reservation import Reservation
+from pi0rl.cluster.waiting import first_line
 from pi0rl.errors import UserError, WorkerFailed
 from pi0rl.processes import GRACE_SECONDS, signals_postponed
 from pi0rl.rl.config import UpdateConfig
@@ -108,7 +109,7 @@ def _go_on(
         if whole and saved < done:
             _save_stopped(run, checkpoints, done, guard, notice)
         elif not whole:
-            notice(f"stopped within the update of iteration {number}; a resumed run goes on after {saved} iterations")
+            notice(f"stopped within iteration {number}; a resumed run goes on after {saved} iterations")
         raise
     if config.iterations == 0:
         raise UserError("runner.max_epochs: nothing was trained; expected at least 1")
@@ -124,7 +125,7 @@ def _save_stopped(
     try:
         checkpoints.write_stopped(partial(run.save, seconds=GRACE_SECONDS / 4), done, guard)
     except Exception as error:  # whatever it is, the interruption goes on
-        notice(f"stopped after {done} iterations; the last ones were not saved: {error}")
+        notice(f"stopped after {done} iterations; the last ones were not saved: {first_line(error)}")
     else:
         notice(f"stopped after {done} iterations, all of them are saved")
 

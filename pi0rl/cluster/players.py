@@ -18,7 +18,7 @@ from pi0rl.cluster.playing import Cell, play
 from pi0rl.cluster.policies import MakeRollout, start_policies
 from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import NoiseKey, PlayMode, RolloutWorker
-from pi0rl.cluster.waiting import fetch, fetch_all
+from pi0rl.cluster.waiting import fetch_all, wait_for
 from pi0rl.errors import UserError
 from pi0rl.libero.plan import Episode
 from pi0rl.libero.slots import EpisodeResult, SlotConfig
@@ -127,7 +127,7 @@ class _Envs:
         ray.kill(self.workers[number])
         self.workers[number] = self._start(number)
         started = f"env worker {number} to start again; is its node lost?"
-        fetch(self.workers[number].seconds.remote(), started, RESTART_SECONDS)
+        wait_for([self.workers[number].seconds.remote()], started, RESTART_SECONDS)
 
     def _start(self, number: int) -> Any:
         config = self._config

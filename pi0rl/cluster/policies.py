@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from pi0rl.cluster.actor_worker import ActorWorker
 from pi0rl.cluster.policy_worker import PolicyWorker
 from pi0rl.cluster.reservation import Reservation
 from pi0rl.cluster.rollout_worker import RolloutWorker
-from pi0rl.cluster.waiting import UPDATE_SECONDS, WAIT_SECONDS, fetch, fetch_all
+from pi0rl.cluster.waiting import UPDATE_SECONDS, WAIT_SECONDS, fetch, fetch_all, first_line
+from pi0rl.errors import WorkerFailed
 from pi0rl.libero.plan import Episode
 from pi0rl.rl.config import RewardConfig
 
@@ -96,7 +98,13 @@ class Learner:
         updates = [
             actor.update.remote(iteration, max_episode_steps, *parts, lr_factor=lr_factor) for actor in policies.actors
         ]
-        return fetch_all(updates, "the actor's update", UPDATE_SECONDS)[0]
+        try:
+            return fetch_all(updates, "the actor's update", UPDATE_SECONDS)[0]
+        except RayTaskError as error:
+            if len(policies.actors) == 1:
+                raise
+            # where one of several is gone, what the others do together with it fails
+            raise WorkerFailed(f"an actor failed in the update ({first_line(error)})") from error
 
     def hand_over(self) -> None:
         """The trained weights, as a new version, to whoever acts with a copy; its number alone where one process does

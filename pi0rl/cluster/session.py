@@ -16,6 +16,7 @@ from pi0rl.cluster.preflight import refuse_silent_address
 from pi0rl.cluster.vitals import Vitals
 from pi0rl.errors import UserError
 from pi0rl.params import ClusterParams
+from pi0rl.processes import Interrupted
 
 # Ray reads these when it is imported: no usage reports, no lower priority for workers than for their driver, and no GPU
 # variables changed for actors that asked for none.
@@ -68,17 +69,15 @@ def ray_session(cluster: ClusterParams, cpus: int, logical_gpus: int | None = No
         refuse_foreign_placement(cluster, logical_gpus)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
-    if cluster.address:
-        refuse_silent_address(cluster.address)
-        try:
-            ray.init(address=cluster.address, **options)
-        except ConnectionError as error:
-            raise UserError(
-                f"cluster.address {cluster.address}: no Ray answers there; run `ray start --head` on that node first"
-            ) from error
-    else:
-        _start_local(cpus, options | {"num_gpus": logical_gpus})
-    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own handler there, which ends the process unheard
+    try:
+        if cluster.address:
+            _join(cluster.address, options)
+        else:
+            _start_local(cpus, options | {"num_gpus": logical_gpus})
+    except SystemExit as exit:  # what ray.init makes of a SIGTERM from its beginning on
+        raise Interrupted(signal.SIGTERM) from exit
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         nodes = len(cluster_nodes())
         if nodes < cluster.num_nodes:
@@ -100,6 +99,16 @@ def refuse_foreign_placement(cluster: ClusterParams, logical_gpus: int | None = 
             "`ray start --head` here and `ray start --address ...` on the others, then set cluster.address"
         )
     resolve_placement(cluster, (torch.cuda.device_count() if logical_gpus is None else logical_gpus,))
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    refuse_silent_address(address)
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"cluster.address {address}: no Ray answers there; run `ray start --head` on that node first"
+        ) from error
 
 
 def _start_local(cpus: int, options: dict[str, Any]) -> None:

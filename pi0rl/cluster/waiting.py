@@ -56,8 +56,19 @@ def fetch(ref: Any, what: str, seconds: float = WAIT_SECONDS) -> Any:
 
 
 def fetch_all(refs: list[Any], what: str, seconds: float = WAIT_SECONDS) -> list[Any]:
-    """The values of ``refs``, in their order."""
-    return [fetch(ref, what, seconds) for ref in refs]
+    """The values of ``refs``, in their order; the first one that fails ends the wait for the others."""
+    values, waiting = {}, list(refs)
+    while waiting:
+        ready = wait_for(waiting, what, seconds)
+        values[ready] = fetch(ready, what, seconds)
+        waiting.remove(ready)
+    return [values[ref] for ref in refs]
+
+
+def first_line(error: BaseException) -> str:
+    """What happened, without the traceback that Ray puts into the text of an error."""
+    cause = _root(error)
+    return next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
 
 
 def _root(error: BaseException) -> BaseException:

@@ -112,8 +112,11 @@ def _require_horizon(params: Params, policy: Policy) -> None:
 
 
 def _origin(params: Params, policy: Path) -> str:
-    """All that decides a training run: its params and the policy it starts from."""
-    sections = {"seed", "suites", "cluster", "env", "rollout", "actor", "openpi", "algorithm", "runner"}
+    """All that decides a training run: its params and the policy it starts from.
+
+    Where it runs is left out: a run whose node is lost goes on at another placement, equal up to rounding from there.
+    """
+    sections = {"seed", "suites", "env", "rollout", "actor", "openpi", "algorithm", "runner"}
     return params.model_dump_json(include=sections, indent=1) + "\n" + (policy / "config.json").read_text()
 
 
