@@ -89,10 +89,9 @@ class Reservation:
 def refuse_lost_nodes(used: set[int], nodes: Sequence[Node]) -> None:
     """Raises UserError where one of the nodes ``used``, by their numbers among ``nodes``, is not there any more."""
     alive = {node.identity for node in cluster_nodes()}
-    lost = [node for node in sorted(used) if node >= len(nodes) or nodes[node].identity not in alive]
-    if lost:
+    if any(node >= len(nodes) or nodes[node].identity not in alive for node in used):
         raise UserError(
-            f"cluster.component_placement: node {lost[0]} is not there any more, Ray has {len(alive)} nodes left; "
+            f"cluster.component_placement: a node of it is not there any more, Ray has {len(alive)} nodes left; "
             "start it again (`ray start --address ...`), or place on the others, and run the same command to resume"
         )
 
