@@ -1,6 +1,6 @@
 """Times rollouts through Ray: two pipeline stages against one, Ray against one process, and env workers on cores.
 
-    python -m benchmarks.cluster           # eight minutes on two idle cores
+    python -m benchmarks.cluster           # a quarter of an hour on two idle cores
     python -m benchmarks.cluster --quick   # does it run? One round of a few episodes; nothing is written
     python -m benchmarks.cluster --model   # only the scaling model, from benchmarks/results
 
@@ -195,18 +195,33 @@ def save_random_policy(directory: Path) -> None:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Medians by way, and of the ratios within rounds."""
+    """Medians by way; of the ratios within rounds lowest, median and highest; medians of shares of the time."""
+    of = {(row.way, row.round): row for row in rows}
+    ways, rounds = dict.fromkeys(row.way for row in rows), sorted({row.round for row in rows})
 
-    def ratio(way: str, base: str) -> float:
-        rates = {(row.way, row.round): row.rate for row in rows}
-        return median(rates[way, number] / rates[base, number] for number in {row.round for row in rows})
+    def spread(ratio: Callable[[int], float]) -> list[float]:
+        ratios = [ratio(number) for number in rounds]
+        return [min(ratios), median(ratios), max(ratios)]
 
-    ways = dict.fromkeys(row.way for row in rows)
+    def rate(way: str, number: int) -> float:
+        return of[way, number].rate
+
+    def idle(way: str) -> float:
+        """The share of the time in which neither env nor rollout worked, where they take turns."""
+        return median(1.0 - of[way, number].env_busy - of[way, number].rollout_busy for number in rounds)
+
+    def cost(way: str, number: int) -> float:
+        """A worker's busy time per control step, up to a factor."""
+        return of[way, number].env_busy / rate(way, number)
+
     return {
-        "rates": {way: median(row.rate for row in rows if row.way == way) for way in ways},
-        "gain_of_two_stages": ratio("Ray, 2 stages", "Ray, 1 stage") - 1.0,
-        "overhead_of_ray": ratio("one process", "Ray, 1 stage") - 1.0,
-        "scaling_to_two_workers": ratio("2 env workers", "1 env worker"),
+        "rates": {way: median(rate(way, number) for number in rounds) for way in ways},
+        "gain_of_two_stages": spread(lambda n: rate("Ray, 2 stages", n) / rate("Ray, 1 stage", n) - 1.0),
+        "time_through_ray": spread(lambda n: rate("one process", n) / rate("Ray, 1 stage", n) - 1.0),
+        "idle_through_ray": idle("Ray, 1 stage"),
+        "idle_in_one_process": idle("one process"),
+        "scaling_to_two_workers": spread(lambda n: rate("2 env workers", n) / rate("1 env worker", n)),
+        "step_beside_another": spread(lambda n: 2.0 * cost("2 env workers", n) / cost("1 env worker", n) - 1.0),
         "load_average": psutil.getloadavg()[0],
     }
 
@@ -229,9 +244,17 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"| {way} | {rate:.0f} | {env:.0%} | {rollout:.0%} |")
     lines += [
         "",
-        f"- two stages instead of one: {result['gain_of_two_stages']:+.1%}",
-        f"- Ray instead of one process (one stage, so nothing overlaps): {result['overhead_of_ray']:+.1%} time",
-        f"- two env workers instead of one, without a policy: x {result['scaling_to_two_workers']:.2f}",
+        "Ratios within rounds, lowest, median and highest:",
+        "",
+        f"- two stages instead of one: {_three(result['gain_of_two_stages'])}",
+        f"- time through Ray instead of in one process (one stage, so nothing overlaps): "
+        f"{_three(result['time_through_ray'])}. The pace of the machine between two measurements moves this more than "
+        "Ray does. What Ray costs is the time in which neither env nor rollout works: "
+        f"{result['idle_through_ray']:.2%} through Ray, {result['idle_in_one_process']:.2%} in one process.",
+        "- two env workers instead of one, without a policy: x "
+        + ", ".join(f"{ratio:.2f}" for ratio in result["scaling_to_two_workers"])
+        + f". A control step itself takes longer while the other core simulates too: "
+        f"{_three(result['step_beside_another'])}.",
         "",
         "## What an iteration costs on more GPUs",
         "",
@@ -239,6 +262,10 @@ def report(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _three(ratios: Sequence[float]) -> str:
+    return ", ".join(f"{ratio:+.1%}" for ratio in ratios)
 
 
 _BUSY = ("env_busy", "rollout_busy")
