@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,13 +24,22 @@ import psutil
 # Time a child has to save what it can and to shut Ray or the simulators down (about 2 s) before it is killed. Whoever
 # has more of it, as on a cluster whose scheduler warns early, says so in the variable: it is no part of an experiment.
 GRACE_VARIABLE = "PI0RL_GRACE_SECONDS"
-try:
-    GRACE_SECONDS = float(os.environ.get(GRACE_VARIABLE, "20"))
-    assert 0.0 < GRACE_SECONDS < float("inf")
-except (ValueError, AssertionError):  # no exception: whoever imports this could not print it as a line
-    raise SystemExit(
-        f"pi0rl: error: {GRACE_VARIABLE}={os.environ[GRACE_VARIABLE]}: expected a positive number of seconds"
-    ) from None
+
+
+def _grace_seconds() -> float:
+    text = os.environ.get(GRACE_VARIABLE, "20")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 < seconds < math.inf:
+        # no UserError: this is read on import, where nobody would make a line of it
+        print(f"pi0rl: error: {GRACE_VARIABLE}={text}: expected a positive number of seconds", file=sys.stderr)
+        raise SystemExit(2)
+    return seconds
+
+
+GRACE_SECONDS = _grace_seconds()
 
 _LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
 _PR_SET_PDEATHSIG = 1

@@ -14,7 +14,14 @@ import psutil
 import pytest
 from projects import ROOT
 
-from pi0rl.processes import Interrupted, raise_on_signals, run_child, signals_postponed, stop_descendants
+from pi0rl.processes import (
+    GRACE_VARIABLE,
+    Interrupted,
+    raise_on_signals,
+    run_child,
+    signals_postponed,
+    stop_descendants,
+)
 
 # A supervisor as `pi0rl run` is one: it watches a shell that watches a sleeper
 SUPERVISOR = """
@@ -79,6 +86,15 @@ def test_a_signal_waits_for_the_end_of_a_block_but_not_for_ever(
             signal.signal(each, handler)
     assert raised.value.signum == signum
     assert reached == ended
+
+
+@pytest.mark.parametrize("seconds", ["10m", "0", "inf", "nan"])
+def test_a_grace_time_that_is_none_is_refused_in_one_line(seconds: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), GRACE_VARIABLE: seconds}
+    command = [sys.executable, "-c", "import pi0rl.processes"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"pi0rl: error: {GRACE_VARIABLE}={seconds}: expected a positive number of seconds\n"
 
 
 def test_a_child_that_another_thread_stops_keeps_its_exit_code(tmp_path: Path) -> None:

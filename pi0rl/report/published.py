@@ -75,9 +75,10 @@ def published_table(points: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]
         for policy, of_policy in _counts(results, split).items():
             for suite, tasks in of_policy.items():
                 start = (setting, suite, results["checkpoints_sha256"][SFT_WEIGHTS])
-                if policy == "sft" and start in starts:
-                    continue  # several seeds began from this one policy
-                starts |= {start} if policy == "sft" else set()
+                if policy == "sft":
+                    if start in starts:
+                        continue  # several seeds began from this one policy
+                    starts.add(start)
                 counts.setdefault((policy, setting), {}).setdefault(suite, {}).setdefault(
                     coordinates.get("seed", 0), tasks
                 )
