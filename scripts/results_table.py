@@ -13,6 +13,12 @@ COMMANDS = {
 }
 
 
+def sweep_points() -> dict[str, str]:
+    """Report -> the command that made it, for every point of a sweep that has a committed report."""
+    found = (path.parent.relative_to(REPORTS) for path in sorted(REPORTS.glob("sweeps/*/*/results.json")))
+    return {str(each): f"pi0rl sweep {each.parts[1]}` `{each.parts[2]}" for each in found}
+
+
 def row(name: str, command: str) -> str:
     """One report: success before and after, what changed, and the command that made it."""
     results = json.loads((REPORTS / name / "results.json").read_text())
@@ -25,7 +31,7 @@ def row(name: str, command: str) -> str:
 def table() -> str:
     """The whole table in Markdown."""
     head = ["| command | suite | SFT | trained | gained | lost | McNemar p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *(row(name, command) for name, command in COMMANDS.items())])
+    return "\n".join([*head, *(row(*item) for item in (COMMANDS | sweep_points()).items())])
 
 
 if __name__ == "__main__":
