@@ -304,7 +304,8 @@ def _stage(options: argparse.Namespace) -> None:
         done = [experiment.address(stage) for stage in experiment.stages if stage in ("resolve", options.command)]
         command = [dvc, "--wait-for-lock", "commit", "--quiet", "--force", *done]
         if run_child(command, cwd=experiment.root, environment={}, on_line=None, send=os.killpg):
-            raise UserError(f"{options.command} is done, but DVC could not record it; what it said is above")
+            again = f"dvc commit --force {' '.join(done)}"  # --quiet hides errors too
+            raise UserError(f"{options.command} is done, but DVC could not record it; to see why, run: {again}")
 
 
 def _run(options: argparse.Namespace) -> int:
