@@ -23,6 +23,7 @@ HAND_CLEARANCE = 0.03  # m between the finger tips of a travelling gripper and w
 TIP = 0.010  # m from the grip point to the ends of the fingers
 PRESSING_STEP, PUSHING_STEP = (0.016, 0.009), (0.022, 0.0)  # m ahead and below to aim at when dragging
 LOW_WALL = 0.02  # m; fingers slip over a lower one
+OVERRUN, LOW_GAIN = 2.0, 1.5  # control steps by which the arm overruns; how much harder than usual it then brakes
 STALL_STEPS = 8  # control steps without progress after which a motion is left
 DOWNWARD = np.diag([1.0, -1.0, -1.0])  # the gripper looking down, its fingers opening along the world's y axis
 
@@ -96,7 +97,8 @@ def ramp(value: float, low: float, high: float) -> float:
 
 def grasp(world: World, body: int, choice: Grasp) -> Iterator[np.ndarray]:
     """Come down on an object from above, fingers open, and close them on it."""
-    progress = Progress()
+    progress, last = Progress(), world.grip_point()
+    low = np.isfinite(choice.ceiling)
     while True:
         target = world.position(body) + choice.offset
         here = world.grip_point()
@@ -105,10 +107,16 @@ def grasp(world: World, body: int, choice: Grasp) -> Iterator[np.ndarray]:
             break
         if progress.stalled(float(np.linalg.norm(target - here))):
             break
-        # A funnel: over the object the height falls with the horizontal distance, down to the grasp when it is gone.
         goal = target.copy()
+        if low:
+            # There is no long way down on which to come to rest: brake, and come down where the arm will have stopped.
+            stops = here[:2] + OVERRUN * (here - last)[:2]
+            sideways = max(sideways, float(np.linalg.norm(target[:2] - stops)))
+            goal[:2] = here[:2] + LOW_GAIN * (target[:2] - stops)
+        # A funnel: over the object the height falls with the horizontal distance, down to the grasp when it is gone.
         goal[2] += (choice.clear_height - target[2]) * ramp(sideways, 0.004, 0.014) + 1.5 * max(0.0, sideways - 0.014)
         goal[2] = min(goal[2], choice.ceiling)
+        last = here
         yield steer(world, goal, choice.yaw, OPEN)
     yield from squeeze(world, choice.yaw)
 
