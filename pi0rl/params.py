@@ -53,7 +53,8 @@ class DatasetParams(Section):
 class DemosParams(Section):
     """The scripted expert's demonstrations; kept apart from the experiment's seed, so that seeds share one data set.
 
-    ``action_noise`` disturbs what is executed, not what is learned, so that the data show how to come back;
+    ``action_noise`` disturbs what is executed in bursts of 6 of every 24 steps, not what is learned, so that the data
+    show how to come back; action chunks with a disturbed step are not imitated.
     ``image_stride`` is the number of control steps between images. With ``dataset`` nothing is played: the first
     ``episodes_per_task`` episodes of every task are taken from there.
     """

@@ -23,7 +23,13 @@ from pi0rl.sft.demonstrations import load
 from pi0rl.sft.recording import Collection
 
 SMALL = Collection(
-    ("libero_object",), episodes_per_task=1, init_state_ids=(0, 3), seed=0, camera_size=16, image_stride=8
+    ("libero_object",),
+    episodes_per_task=1,
+    init_state_ids=(0, 3),
+    seed=0,
+    camera_size=16,
+    image_stride=8,
+    action_noise=0.5,
 )
 
 
@@ -113,6 +119,13 @@ def test_load_returns_what_the_policy_would_see(collected: Path) -> None:
     np.testing.assert_array_equal(observation.state[1], demonstrations.state[last])
     with pytest.raises(UserError, match="without images"):
         demonstrations.observation(np.array([1]))
+
+
+def test_disturbances_come_in_bursts_that_the_steps_remember(collected: Path) -> None:
+    demonstrations = load(collected)
+    for episode in range(10):
+        phases = demonstrations.step[(demonstrations.episode == episode) & demonstrations.disturbed] % 24
+        assert len(np.unique(phases)) == 6
     statistics = demonstrations.card["norm_stats"]["actions"]
     np.testing.assert_allclose(statistics["mean"], demonstrations.actions.mean(axis=0, dtype=np.float64))
 

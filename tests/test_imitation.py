@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pi0rl.policy.policy import FROZEN_PREFIX, Policy, create_policy
 from pi0rl.policy.processing import mean_std, tiny_processing
 from pi0rl.sft.augmentation import augment
 from pi0rl.sft.demonstrations import Demonstrations, normalisation, split
-from pi0rl.sft.imitation import Imitation, action_windows, imitate, learning_rate, shift_images
+from pi0rl.sft.imitation import Imitation, action_windows, imitate, learnable_looks, learning_rate, shift_images
 
 PARAMS = SftParams(steps=30, batch_size=8, warmup_steps=5, lr=3e-3, image_shift=2, num_threads=1)
 
@@ -38,7 +39,7 @@ def demonstrations() -> Demonstrations:
     pictures = images[:, looks]
     card = {"image_stride": 2, "norm_stats": {"state": normalisation(state), "actions": normalisation(actions)}}
     return Demonstrations(
-        pictures[0], pictures[1], looks, state, actions, episode, step, task, ("open the drawer",), card
+        pictures[0], pictures[1], looks, state, actions, episode, step, task, step < 0, ("open the drawer",), card
     )
 
 
@@ -55,6 +56,15 @@ def training(demonstrations: Demonstrations, **changes: Any) -> tuple[Policy, Im
     policy = fresh_policy(demonstrations, 0)
     policy.trainable_parameters(changes.get("train_expert_only", False))
     return policy, Imitation(policy, demonstrations, PARAMS.model_copy(update=changes), seed=0)
+
+
+def test_chunks_with_a_disturbed_step_are_not_imitated(demonstrations: Demonstrations) -> None:
+    np.testing.assert_array_equal(learnable_looks(demonstrations, 8), demonstrations.looks)
+    disturbed = np.isin(np.arange(40), [9, 39])  # within the first episode, and the second one's last step
+    noisy = replace(demonstrations, disturbed=disturbed)
+    np.testing.assert_array_equal(learnable_looks(noisy, 8), [0, *range(10, 32, 2)])
+    with pytest.raises(UserError, match="every stretch of 8 steps was disturbed"):
+        learnable_looks(replace(demonstrations, disturbed=np.ones(40, bool)), 8)
 
 
 def weights(policy: Policy) -> torch.Tensor:

@@ -43,9 +43,9 @@ class Expert:
     def disturb(self, action: np.ndarray, noise: float) -> np.ndarray:
         """The action with correlated noise on its six motion numbers, to be executed in the action's place.
 
-        The label of the step stays the undisturbed action, so that the data show how to come back (DART, Laskey et
-        al. 2017). ``noise`` is the stationary standard deviation in units of the action, a fifth of it for rotations;
-        a step keeps 0.8 of the last one's noise.
+        The label of the step stays the undisturbed action, so that the data show how to come back (after DART, Laskey
+        et al. 2017). ``noise`` is the stationary standard deviation in units of the action, a fifth of it for
+        rotations; a step keeps 0.8 of the last one's noise.
         """
         fresh = self._rng.standard_normal(6) * np.array([1.0, 1.0, 1.0, 0.2, 0.2, 0.2])
         self._drift = 0.8 * self._drift + 0.6 * fresh

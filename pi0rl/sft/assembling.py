@@ -82,6 +82,8 @@ def assemble(
                 columns["step"].append(np.arange(length, dtype=np.int32))
                 columns["state"].append(part["state"])
                 columns["action"].append(part["action"])
+                if "disturbed" in part:
+                    columns.setdefault("disturbed", []).append(part["disturbed"])
                 images.append(part["images"])
             episodes.append({"task": index, "init_state_id": number, "steps": length})
         np.save(folder / layout.image_name(task.suite, task.task_id), np.concatenate(images))

@@ -48,6 +48,7 @@ class Demonstrations:
         episode: int32 [N], ascending number of the episode.
         step: int32 [N], control step within the episode.
         task: int32 [N], index into ``languages``.
+        disturbed: bool [N], whether something else than the action was executed.
         languages: the instructions, one per task.
         card: the whole ``dataset.json``, with the statistics under ``norm_stats``.
     """
@@ -60,6 +61,7 @@ class Demonstrations:
     episode: np.ndarray
     step: np.ndarray
     task: np.ndarray
+    disturbed: np.ndarray
     languages: tuple[str, ...]
     card: dict[str, Any]
 
@@ -91,6 +93,7 @@ class Steps:
     episode: np.ndarray
     step: np.ndarray
     task: np.ndarray
+    disturbed: np.ndarray
 
 
 def read_steps(directory: Path, card: dict[str, Any]) -> Steps:
@@ -108,6 +111,7 @@ def read_steps(directory: Path, card: dict[str, Any]) -> Steps:
         episode=table["episode"].to_numpy(),
         step=table["step"].to_numpy(),
         task=table["task"].to_numpy(),
+        disturbed=table["disturbed"].to_numpy() if "disturbed" in table.column_names else np.zeros(len(table), bool),
     )
 
 
@@ -135,6 +139,7 @@ def load(directory: Path) -> Demonstrations:
         episode=steps.episode,
         step=steps.step,
         task=steps.task,
+        disturbed=steps.disturbed,
         languages=tuple(task["language"] for task in card["tasks"]),
         card=card,
     )
@@ -178,6 +183,7 @@ def _only(demonstrations: Demonstrations, episodes: np.ndarray) -> Demonstration
         episode=demonstrations.episode[kept],
         step=demonstrations.step[kept],
         task=demonstrations.task[kept],
+        disturbed=demonstrations.disturbed[kept],
         languages=demonstrations.languages,
         card=demonstrations.card | {"norm_stats": statistics},
     )

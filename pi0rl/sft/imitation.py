@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi0rl.errors import UserError
 from pi0rl.observation import Observation
 from pi0rl.params import SftParams
 from pi0rl.policy.model import ModelInputs, sample_training_time
@@ -70,6 +71,7 @@ class Imitation:
         self._team = team or Alone()
         self._policy, self._demonstrations, self._params = policy, demonstrations, params
         self._targets = network_targets(policy, demonstrations)
+        self._looks = learnable_looks(demonstrations, policy.config.action_horizon)
         self._generator = np.random.default_rng([seed, 0])
         self._torch_generator = torch.Generator().manual_seed(seed)
         self._augmenting = torch.Generator().manual_seed(seed + 1)
@@ -128,9 +130,10 @@ class Imitation:
         """Mean loss on looks spread evenly over other demonstrations; noise and times are the same on every call."""
         params, generator = self._params, torch.Generator().manual_seed(0)
         targets = network_targets(self._policy, held_out)
-        chosen = np.linspace(0, len(held_out.looks) - 1, min(VALIDATION_LOOKS, len(held_out.looks))).astype(int)
+        looks = learnable_looks(held_out, self._policy.config.action_horizon)
+        chosen = np.linspace(0, len(looks) - 1, min(VALIDATION_LOOKS, len(looks))).astype(int)
         total = 0.0
-        for rows in np.array_split(held_out.looks[chosen], -(-len(chosen) // params.batch_size)):
+        for rows in np.array_split(looks[chosen], -(-len(chosen) // params.batch_size)):
             inputs = self._policy.processing.inputs(held_out.observation(rows)).to(self._policy.device)
             target = targets[torch.from_numpy(rows)]
             noise = torch.randn(target.shape, generator=generator)
@@ -168,7 +171,7 @@ class Imitation:
         """The next batch's looks; the rest of an epoch that is too small for one is left out."""
         size = self._params.batch_size
         if self._taken + size > len(self._order):
-            self._order, self._taken = self._generator.permutation(self._demonstrations.looks), 0
+            self._order, self._taken = self._generator.permutation(self._looks), 0
         self._taken += size
         return self._order[self._taken - size : self._taken]
 
@@ -207,9 +210,31 @@ def learning_rate(params: SftParams, step: int) -> float:
 
 def action_windows(demonstrations: Demonstrations, horizon: int) -> np.ndarray:
     """The actions of the next H steps for every step, float32 [N, H, 7]; an episode's last action is repeated."""
-    indices = np.arange(len(demonstrations))
+    return demonstrations.actions[_windows(demonstrations, horizon)]
+
+
+def learnable_looks(demonstrations: Demonstrations, horizon: int) -> np.ndarray:
+    """The looks, int64 [at most M], whose next H actions were executed as the expert wanted them.
+
+    In the others the expert answers disturbances that nobody could see coming at the look: who imitates them trembles.
+
+    Raises:
+        UserError: there are none.
+    """
+    looks = demonstrations.looks
+    undisturbed = np.count_nonzero(demonstrations.disturbed[_windows(demonstrations, horizon)], axis=1) == 0
+    if len(looks) and not undisturbed[looks].any():
+        raise UserError(
+            f"demonstrations: every stretch of {horizon} steps was disturbed; actor.model.num_action_chunks has to be "
+            "smaller than the time between two disturbances"
+        )
+    return looks[undisturbed[looks]]
+
+
+def _windows(demonstrations: Demonstrations, horizon: int) -> np.ndarray:
+    """The next H steps of every step within its episode, int64 [N, H]; the last one is repeated."""
     ends = np.searchsorted(demonstrations.episode, demonstrations.episode, side="right") - 1
-    return demonstrations.actions[np.minimum(indices[:, None] + np.arange(horizon), ends[:, None])]
+    return np.minimum(np.arange(len(demonstrations))[:, None] + np.arange(horizon), ends[:, None])
 
 
 def shift_images(observation: Observation, pixels: int, generator: np.random.Generator) -> Observation:

@@ -16,6 +16,9 @@ from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import SUITES, Task
 from pi0rl.sft.demonstrations import CAMERAS
 
+# Disturbances come in bursts, with time between them in which to watch how the expert comes back.
+BURST_STEPS, BURST_PERIOD = 6, 24
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -32,7 +35,8 @@ class Collection:
         image_stride: control steps between images.
         settle_steps: no-op steps after a reset.
         scene_seed: where LIBERO puts the fixtures.
-        action_noise: standard deviation of the disturbance of the executed action (``Expert.disturb``); 0 for none.
+        action_noise: standard deviation of the disturbance of the executed action in bursts of 6 of every 24 steps,
+            which begin somewhere else in every episode (``Expert.disturb``); 0 for none.
     """
 
     suites: tuple[str, ...]
@@ -50,12 +54,17 @@ class Collection:
 
 @dataclass(frozen=True)
 class Recording:
-    """One played episode: T steps, L looks; arrays are empty if the expert failed."""
+    """One played episode: T steps, L looks; arrays are empty if the expert failed.
+
+    Attributes:
+        disturbed: bool [T], whether something else than ``action`` was executed; None where it never was.
+    """
 
     success: bool
     state: np.ndarray
     action: np.ndarray
     images: np.ndarray
+    disturbed: np.ndarray | None = None
 
 
 def play(simulation: Simulation, renderer: Renderer, collection: Collection, init_state_id: int) -> Recording:
@@ -64,7 +73,9 @@ def play(simulation: Simulation, renderer: Renderer, collection: Collection, ini
     rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id, init_state_id])
     simulation.reset(init_states(task, collection.split)[init_state_id], collection.settle_steps)
     expert = Expert(simulation, rng)
-    states, actions, images = [], [], []
+    states, actions, images, disturbed = [], [], [], []
+    noise = collection.action_noise
+    phase = int(rng.integers(BURST_PERIOD)) if noise else 0
     for step in range(task.max_episode_steps):
         states.append(simulation.state())
         if step % collection.image_stride == 0:
@@ -72,9 +83,10 @@ def play(simulation: Simulation, renderer: Renderer, collection: Collection, ini
             images.append([renderer.render(task, collection.scene_seed, shown, camera) for camera in CAMERAS])
         action = expert.action()
         actions.append(action.astype(np.float32))
-        executed = expert.disturb(action, collection.action_noise) if collection.action_noise else actions[-1]
-        if simulation.step(executed):
-            return Recording(True, np.stack(states), np.stack(actions), np.array(images))
+        disturbed.append(noise > 0 and (step + phase) % BURST_PERIOD < BURST_STEPS)
+        if simulation.step(expert.disturb(action, noise) if disturbed[-1] else actions[-1]):
+            flags = np.array(disturbed) if noise else None
+            return Recording(True, np.stack(states), np.stack(actions), np.array(images), flags)
     empty = np.zeros(0, np.float32)
     return Recording(False, empty, empty, empty)
 
@@ -88,8 +100,15 @@ def save_part(recording: Recording, path: Path) -> None:
     """Write a played episode so that the file is either whole or not there."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("wb") as file:
+        flags = {} if recording.disturbed is None else {"disturbed": recording.disturbed}
         np.savez(
-            file, success=recording.success, state=recording.state, action=recording.action, images=recording.images
+            file,
+            allow_pickle=False,
+            success=recording.success,
+            state=recording.state,
+            action=recording.action,
+            images=recording.images,
+            **flags,
         )
         file.flush()
         os.fsync(file.fileno())
