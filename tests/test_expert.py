@@ -20,7 +20,7 @@ from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import suite_tasks
 from pi0rl.sft.collection import collect
 from pi0rl.sft.demonstrations import load
-from pi0rl.sft.recording import Collection
+from pi0rl.sft.recording import BURST_PERIOD, BURST_STEPS, Collection
 
 SMALL = Collection(
     ("libero_object",),
@@ -119,15 +119,15 @@ def test_load_returns_what_the_policy_would_see(collected: Path) -> None:
     np.testing.assert_array_equal(observation.state[1], demonstrations.state[last])
     with pytest.raises(UserError, match="without images"):
         demonstrations.observation(np.array([1]))
+    statistics = demonstrations.card["norm_stats"]["actions"]
+    np.testing.assert_allclose(statistics["mean"], demonstrations.actions.mean(axis=0, dtype=np.float64))
 
 
 def test_disturbances_come_in_bursts_that_the_steps_remember(collected: Path) -> None:
     demonstrations = load(collected)
     for episode in range(10):
-        phases = demonstrations.step[(demonstrations.episode == episode) & demonstrations.disturbed] % 24
-        assert len(np.unique(phases)) == 6
-    statistics = demonstrations.card["norm_stats"]["actions"]
-    np.testing.assert_allclose(statistics["mean"], demonstrations.actions.mean(axis=0, dtype=np.float64))
+        phases = demonstrations.step[(demonstrations.episode == episode) & demonstrations.disturbed] % BURST_PERIOD
+        assert len(np.unique(phases)) == BURST_STEPS
 
 
 def test_load_refuses_damaged_and_foreign_sets(collected: Path, tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ def demonstrations() -> Demonstrations:
     step = np.tile(np.arange(20), 2).astype(np.int32)
     looks = np.flatnonzero(step % 2 == 0)
     task = np.zeros(40, dtype=np.int32)
-    pictures = images[:, looks]
+    pictures, disturbed = images[:, looks], np.zeros(40, dtype=bool)
     card = {"image_stride": 2, "norm_stats": {"state": normalisation(state), "actions": normalisation(actions)}}
     return Demonstrations(
-        pictures[0], pictures[1], looks, state, actions, episode, step, task, step < 0, ("open the drawer",), card
+        pictures[0], pictures[1], looks, state, actions, episode, step, task, disturbed, ("open the drawer",), card
     )
 
 

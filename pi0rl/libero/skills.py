@@ -2,7 +2,8 @@
 
 Every skill is a function of what a camera could see (gripper pose, finger width, object poses), not of a clock: the
 height to aim at follows from the horizontal distance that is left. So the same scene gives the same action in every
-episode, which is what makes the demonstrations easy to imitate, and a disturbed episode comes back by itself.
+episode, which is what makes the demonstrations easy to imitate, and a disturbed episode comes back by itself. Only a
+grasp that comes in low also asks how fast the arm is moving.
 """
 
 from __future__ import annotations
