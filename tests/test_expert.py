@@ -18,7 +18,7 @@ from pi0rl.libero.expert import Expert
 from pi0rl.libero.plan import Split, init_states
 from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import suite_tasks
-from pi0rl.sft.collection import collect
+from pi0rl.sft.collection import collect, parts_fingerprint
 from pi0rl.sft.demonstrations import load
 from pi0rl.sft.recording import BURST_PERIOD, BURST_STEPS, Collection
 
@@ -156,11 +156,12 @@ def runs(process: str) -> bool:
         return False
 
 
-def test_a_killed_collection_leaves_no_process_and_goes_on(collected: Path, tmp_path: Path) -> None:
+def test_a_killed_collection_leaves_no_process_and_goes_on_with_fewer(collected: Path, tmp_path: Path) -> None:
     output = tmp_path / "resumed"
     script = (
-        "import sys; from pathlib import Path; from tests.test_expert import SMALL, collect\n"
-        "if __name__ == '__main__': collect(SMALL, Path(sys.argv[1]), workers=2)"
+        "import sys; from dataclasses import replace; from pathlib import Path\n"
+        "from tests.test_expert import SMALL, collect\n"
+        "if __name__ == '__main__': collect(replace(SMALL, episodes_per_task=2), Path(sys.argv[1]), workers=2)"
     )
     program = tmp_path / "program.py"
     program.write_text(script)
@@ -178,5 +179,6 @@ def test_a_killed_collection_leaves_no_process_and_goes_on(collected: Path, tmp_
     assert not any(runs(child) for child in children)
     assert not output.exists()
     assert list(parts.glob("*.npz"))
+    assert (parts / "fingerprint").read_text() == parts_fingerprint(SMALL)
     card = collect(SMALL, output, workers=2)
     assert card == json.loads((collected / "dataset.json").read_text())

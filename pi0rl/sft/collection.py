@@ -33,11 +33,11 @@ def collect(collection: Collection, output_dir: Path, workers: int) -> dict[str,
         UserError: the expert cannot play a task or fails too often, or the folder holds something else.
     """
     tasks = _checked_tasks(collection)
-    fingerprint = _fingerprint(collection)
+    fingerprint = _fingerprint(asdict(collection))
     card = finished(output_dir, fingerprint)
     if card is not None:
         return card
-    parts = open_parts(output_dir, fingerprint)
+    parts = open_parts(output_dir, parts_fingerprint(collection))
     with WorkerPool(workers, collection, parts) as pool:
         chosen = _play_until_enough(pool, collection, tasks)
     described = {"fingerprint": fingerprint, "collection": asdict(collection)}
@@ -95,6 +95,11 @@ def _shuffled_init_states(collection: Collection, task: Task) -> list[int]:
     return [int(state) for state in rng.permutation(np.arange(*collection.init_state_ids))]
 
 
-def _fingerprint(collection: Collection) -> str:
-    described = json.dumps({**asdict(collection), "versions": versions()}, sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
+def parts_fingerprint(collection: Collection) -> str:
+    """Of what an episode depends on: who asked for too many goes on with fewer."""
+    return _fingerprint({key: value for key, value in asdict(collection).items() if key != "episodes_per_task"})
+
+
+def _fingerprint(described: dict[str, Any]) -> str:
+    text = json.dumps({**described, "versions": versions()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
