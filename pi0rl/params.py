@@ -420,6 +420,11 @@ class Params(Section):
                 f"sft.gradient_accumulation {self.sft.gradient_accumulation} parts of sft.batch_size "
                 f"{self.sft.batch_size}: expected at most one part per sample"
             )
+        if self.sft.checkpoint is None and (self.sft.train_expert_only or self.sft.lora_rank is not None):
+            raise ValueError(
+                "sft.train_expert_only and sft.lora_rank leave the weights of sft.checkpoint as they are, and none is "
+                "named: without it training begins at random weights, all of which have to be trained"
+            )
         if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
             raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
         _check_validation(self.runner)

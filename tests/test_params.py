@@ -225,6 +225,7 @@ def test_snippets_of_rlinf_paste_in(tmp_path: Path) -> None:
         ("openpi: {noise_method: flow_sed}", ("openpi.noise_method", "flow_sde", "'flow_sed'")),
         ("openpi: {noise_anneal: true, noise_method: flow_noise}", ("openpi.noise_anneal", "flow_noise does not have")),
         ("openpi: {noise_params: [0.7, 0.3, 0]}", ("openpi.noise_params.2", "greater than 0")),
+        ("sft: {lora_rank: 4}", ("sft.lora_rank", "sft.checkpoint")),
         ("openpi: {num_steps: 9}", ("openpi.num_steps is 9", "actor.model.num_steps is 4")),
         ("algorithm: {adv_type: gae}\nopenpi: {add_value_head: false}", ("adv_type gae", "add_value_head: true")),
         ("env: {train: {total_num_envs: 5, workers: 2}}", ("env.train.workers 2", "total_num_envs 5")),

@@ -51,7 +51,7 @@ class InSite:
 
     def holds(self, model: mujoco.MjModel, data: mujoco.MjData) -> bool:
         centre = data.site_xpos[self.site]
-        half_size = np.abs(data.site_xmat[self.site].reshape(3, 3) @ np.array(self.size))
+        half_size = half_extents(data, self)
         upper = centre + half_size
         lower = centre - half_size
         lower[2] -= 0.01
@@ -90,6 +90,11 @@ class OnObject:
         lower, upper = data.xpos[self.lower_body], data.xpos[self.upper_body]
         near = lower[2] <= upper[2] and np.linalg.norm(lower[:2] - upper[:2]) < 0.03
         return bool(near) and _touching(data, self.lower_geoms, self.upper_geoms)
+
+
+def half_extents(data: mujoco.MjData, test: InSite | OnSite) -> np.ndarray:
+    """Half the size of a region along the world's axes, float64 [3] (m)."""
+    return np.abs(data.site_xmat[test.site].reshape(3, 3) @ np.array(test.size))
 
 
 GoalTest = JointTest | InSite | OnSite | OnObject

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from pi0rl.libero import skills
-from pi0rl.libero.goal import InSite
+from pi0rl.libero.goal import InSite, half_extents
 from pi0rl.libero.grasping import LEAST_ROOM, SPARE_OPENING
 from pi0rl.libero.skills import CLOSED, MAX_OPENING, OPEN, turn_about_vertical
 from pi0rl.libero.world import World
@@ -47,7 +47,7 @@ class SideGrasp:
 def way_in(world: World, test: InSite) -> np.ndarray | None:
     """The level direction from which a region under a roof can be entered; None for a region open at the top."""
     centre = world.data.site_xpos[test.site]
-    half = np.abs(world.data.site_xmat[test.site].reshape(3, 3) @ np.array(test.size))
+    half = half_extents(world.data, test)
     points = world.surface() - centre
     if not ((np.abs(points[:, :2]) < 0.03).all(axis=1) & (points[:, 2] > 0.6 * half[2])).any():
         return None
@@ -138,7 +138,7 @@ def _room(world: World, body: int, grasp: SideGrasp) -> float:
 def _place(world: World, test: InSite, into: np.ndarray, turn: float) -> np.ndarray:
     """Where the origin of the object is to go: no deeper into the region than it takes to be all inside."""
     centre, body = world.data.site_xpos[test.site].copy(), test.body
-    half = np.abs(world.data.site_xmat[test.site].reshape(3, 3) @ np.array(test.size))
+    half = half_extents(world.data, test)
     own = world.points(body) - world.position(body)
     centre[2] += ABOVE_FLOOR - half[2] - float(own[:, 2].min())
     owner = int(world.model.site_bodyid[test.site])

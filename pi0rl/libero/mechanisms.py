@@ -33,17 +33,20 @@ def operate(world: World, test: JointTest, attempt: int) -> Iterator[np.ndarray]
 
 
 def opened(world: World, joint: int) -> JointTest:
-    """The test that a drawer or a door stands open: within a tenth of the end of its range that is farther from 0."""
-    low, high = world.model.jnt_range[joint]
-    end = low if abs(low) > abs(high) else high
-    return JointTest((int(world.model.jnt_qposadr[joint]),), 0.85 * float(end), bool(end > 0), True, True)
+    """The test that a drawer or a door stands open: beyond 85 % of its range."""
+    end = _open_end(world, joint)
+    return JointTest((int(world.model.jnt_qposadr[joint]),), 0.85 * end, end > 0, True, True)
 
 
 def travel_of(world: World, drawer: int) -> np.ndarray:
     """How far a drawer will move when it is opened, float64 [3] (m)."""
-    low, high = world.model.jnt_range[drawer]
-    end = low if abs(low) > abs(high) else high
-    return world.data.xaxis[drawer] * (end - joint_position(world, drawer))
+    return world.data.xaxis[drawer] * (_open_end(world, drawer) - joint_position(world, drawer))
+
+
+def _open_end(world: World, joint: int) -> float:
+    """The end of a drawer's or door's range that is farther from 0: there it stands open."""
+    low, high = world.model.jnt_range[joint]
+    return float(low if abs(low) > abs(high) else high)
 
 
 def joint_position(world: World, joint: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mujoco
 import numpy as np
 
-from pi0rl.libero.goal import InSite, OnObject, OnSite
+from pi0rl.libero.goal import InSite, OnObject, OnSite, half_extents
 from pi0rl.libero.skills import MAX_OPENING, Destination, turn_about_vertical
 from pi0rl.libero.world import World
 
@@ -92,23 +92,18 @@ def destination(world: World, test: Placement) -> Destination:
 def _fits(world: World, test: InSite) -> bool:
     """Whether an object fits into a region as it is turned now, with its origin in the middle."""
     footprint = world.points(test.body)[:, :2] - world.position(test.body)[:2]
-    return bool((np.abs(footprint).max(axis=0) < _half_extents(world, test)[:2]).all())
-
-
-def _half_extents(world: World, test: InSite | OnSite) -> np.ndarray:
-    """Half the size of a region along the world's axes, float64 [3] (m)."""
-    return np.abs(world.data.site_xmat[test.site].reshape(3, 3) @ np.array(test.size))
+    return bool((np.abs(footprint).max(axis=0) < half_extents(world.data, test)[:2]).all())
 
 
 def _sunk(world: World, test: InSite) -> float:
     """Height of the object's lowest point when its origin is a centimetre inside a region."""
     below = float(world.position(test.body)[2] - world.points(test.body)[:, 2].min())
-    return float(world.data.site_xpos[test.site][2] + _half_extents(world, test)[2]) - below - 0.01
+    return float(world.data.site_xpos[test.site][2] + half_extents(world.data, test)[2]) - below - 0.01
 
 
 def _fitted(world: World, test: InSite, spot: np.ndarray) -> tuple[float, np.ndarray]:
     """The smallest turn with which an object fits into a narrow region, and where its origin has to be to centre it."""
-    half = _half_extents(world, test)[:2]
+    half = half_extents(world.data, test)[:2]
     footprint = world.points(test.body)[:, :2] - world.position(test.body)[:2]
 
     def excess(turn: float) -> float:
@@ -123,7 +118,7 @@ def _fitted(world: World, test: InSite, spot: np.ndarray) -> tuple[float, np.nda
 def _free_spot(world: World, test: InSite | OnSite, body: int) -> np.ndarray:
     """The middle of a region, or the place nearest to it that other objects leave free."""
     centre = world.data.site_xpos[test.site][:2].copy()
-    extents = _half_extents(world, test)
+    extents = half_extents(world.data, test)
     half = extents[:2] - EDGE
     low = world.data.site_xpos[test.site][2] - (extents[2] if isinstance(test, InSite) else 0.0)
     others = [other for other in range(1, world.model.nbody) if world.root(other) == other and world.is_loose(other)]

@@ -20,6 +20,7 @@ from pi0rl.policy.policy import Policy
 from pi0rl.rl.update import Alone, Team
 from pi0rl.sft.augmentation import augment
 from pi0rl.sft.demonstrations import Demonstrations
+from pi0rl.sft.recording import BURST_PERIOD, BURST_STEPS
 
 VALIDATION_LOOKS = 256
 
@@ -79,7 +80,7 @@ class Imitation:
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=params.lr, betas=(0.9, 0.95), weight_decay=params.weight_decay
         )
-        self._average = None if params.ema_decay is None else [weight.detach().clone() for weight in self._trained]
+        self._average = None if params.ema_decay is None else self._weights()
         self._order, self._taken = np.empty(0, np.int64), 0
         policy.train()
 
@@ -118,7 +119,7 @@ class Imitation:
         if self._average is None:
             yield
             return
-        current = [weight.detach().clone() for weight in self._trained]
+        current = self._weights()
         self._put(self._average)
         try:
             yield
@@ -186,7 +187,11 @@ class Imitation:
         """Move the average towards the weights."""
         if self._average is not None and self._params.ema_decay is not None:
             for average, weight in zip(self._average, self._trained, strict=True):
-                average.lerp_(weight, 1 - self._params.ema_decay)
+                average.lerp_(weight.float(), 1 - self._params.ema_decay)
+
+    def _weights(self) -> list[Tensor]:
+        """A copy in float32, in which small steps of an average are not rounded away."""
+        return [weight.detach().to(torch.float32, copy=True) for weight in self._trained]
 
     @torch.no_grad()
     def _put(self, weights: Sequence[Tensor]) -> None:
@@ -219,14 +224,15 @@ def learnable_looks(demonstrations: Demonstrations, horizon: int) -> np.ndarray:
     In the others the expert answers disturbances that nobody could see coming at the look: who imitates them trembles.
 
     Raises:
-        UserError: there are none.
+        UserError: between two disturbances there is no time for H actions, so that only ends of episodes were left.
     """
     looks = demonstrations.looks
     undisturbed = np.count_nonzero(demonstrations.disturbed[_windows(demonstrations, horizon)], axis=1) == 0
-    if len(looks) and not undisturbed[looks].any():
+    between = BURST_PERIOD - BURST_STEPS
+    if demonstrations.disturbed.any() and (horizon > between or not undisturbed[looks].any()):
         raise UserError(
-            f"demonstrations: every stretch of {horizon} steps was disturbed; actor.model.num_action_chunks has to be "
-            "smaller than the time between two disturbances"
+            f"demonstrations: disturbed by demos.action_noise, with {between} steps between two disturbances; a policy "
+            f"that predicts {horizon} actions needs others: collect them with demos.action_noise: 0"
         )
     return looks[undisturbed[looks]]
 

@@ -47,13 +47,13 @@ def run(experiment: Experiment) -> None:
     target = experiment.stage_dir("sft")
     unfinished = target.with_name(f".{target.name}.training.partial")
     kind = _kind(params, read_card(demos))
-    progress = Progress("sft", sft.steps, "step")
     with (
         _begun(params, demos) as (training, room),
         replace_directory(target) as folder,
         _playing(params, training, room, folder) as played,
     ):
         rows = training.go_on(unfinished, kind)
+        progress = Progress("sft", sft.steps, "step", training.done)
         while training.done < sft.steps and not _reached(params, rows):
             step = training.step()
             row = {"step": step.step, "sft/loss": step.loss, "sft/grad_norm": step.grad_norm, "sft/lr": step.lr}
@@ -166,8 +166,8 @@ def _due(params: Params, step: int) -> bool:
 
 
 def _reached(params: Params, rows: list[dict[str, float]]) -> bool:
-    success = rows[-1].get("sft/success_once") if rows else None
-    return bool(success is not None and params.sft.target_success and success >= params.sft.target_success)
+    success, target = rows[-1].get("sft/success_once") if rows else None, params.sft.target_success
+    return success is not None and target is not None and success >= target
 
 
 @contextmanager
@@ -196,6 +196,9 @@ def _playing(
 
 def _kind(params: Params, card: dict[str, Any]) -> str:
     """What a saved state has to agree with to be gone on from."""
-    described = [params.sft.model_dump(mode="json"), params.actor.model.model_dump(mode="json")]
+    described = [
+        params.sft.model_dump(mode="json", exclude={"save_interval"}),
+        params.actor.model.model_dump(mode="json"),
+    ]
     text = json.dumps([*described, _processes(params), params.suites, card["fingerprint"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
