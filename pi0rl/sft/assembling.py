@@ -65,7 +65,7 @@ def assemble(
     Args:
         described: what the set was made from.
         image_size, image_stride: of the images in the parts.
-        chosen: the tasks, and of each the numbers of the episodes (init states, or places in a data set).
+        chosen: the tasks, and of each the numbers of the episodes (of the collection, or places in a data set).
         parts: where they are.
         folder: the set's new folder.
     """
@@ -85,7 +85,7 @@ def assemble(
                 if "disturbed" in part:
                     columns.setdefault("disturbed", []).append(part["disturbed"])
                 images.append(part["images"])
-            episodes.append({"task": index, "init_state_id": number, "steps": length})
+            episodes.append({"task": index, "number": number, "steps": length})
         np.save(folder / layout.image_name(task.suite, task.task_id), np.concatenate(images))
     arrays = {name: np.concatenate(values) for name, values in columns.items()}
     pq.write_table(layout.steps_table(arrays), folder / layout.STEPS_NAME, compression="zstd")

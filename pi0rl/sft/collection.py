@@ -1,7 +1,8 @@
 """Collecting demonstrations: the scripted expert in parallel processes, only successes kept.
 
 Which episodes are played depends on the seed alone: per task a shuffled list of init states, of which as many are
-played as are wanted, then as many more as failed, until enough succeeded.
+played as are wanted, then as many more as failed, until enough succeeded. Where the expert is disturbed, every init
+state makes another episode in another round: the list then holds ROUNDS shuffles.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pi0rl.sft import demonstrations as layout
 from pi0rl.sft.assembling import assemble, finished, open_parts, versions
 from pi0rl.sft.recording import Collection
 from pi0rl.sft.workers import WorkerPool
+
+ROUNDS = 4
 
 
 def collect(collection: Collection, output_dir: Path, workers: int) -> dict[str, Any]:
@@ -51,10 +54,10 @@ def _checked_tasks(collection: Collection) -> list[Task]:
     first, last = collection.init_state_ids
     if not 0 <= first < last:
         raise UserError(f"demos.init_state_ids [{first}, {last}]: expected the first and one past the last, as [0, 50]")
-    if last - first < collection.episodes_per_task:
+    if _rounds(collection) * (last - first) < collection.episodes_per_task:
         raise UserError(
             f"demos: {collection.episodes_per_task} episodes per task out of {last - first} init states; "
-            "widen init_state_ids or ask for fewer"
+            f"widen init_state_ids, ask for fewer, or set action_noise: then a state makes up to {ROUNDS} episodes"
         )
     tasks = [task for suite in collection.suites for task in suite_tasks(suite)]
     for task in tasks:
@@ -65,8 +68,8 @@ def _checked_tasks(collection: Collection) -> list[Task]:
 
 
 def _play_until_enough(pool: WorkerPool, collection: Collection, tasks: Sequence[Task]) -> list[tuple[Task, list[int]]]:
-    """The init states of the successful episodes of every task."""
-    orders = [_shuffled_init_states(collection, task) for task in tasks]
+    """The numbers of the successful episodes of every task."""
+    orders = [_shuffled_episodes(collection, task) for task in tasks]
     tried = [0] * len(tasks)
     successes: list[list[int]] = [[] for _ in tasks]
     while True:
@@ -77,7 +80,7 @@ def _play_until_enough(pool: WorkerPool, collection: Collection, tasks: Sequence
             if len(candidates) < wanted:
                 raise UserError(
                     f"{task.suite} task {task.task_id} ({task.language!r}): the expert succeeded in "
-                    f"{len(successes[index])} of {tried[index]} init states, {collection.episodes_per_task} episodes "
+                    f"{len(successes[index])} of {tried[index]} episodes, {collection.episodes_per_task} "
                     "were asked for; ask for fewer, give more init states or less action noise"
                 )
             tried[index] += len(candidates)
@@ -85,14 +88,21 @@ def _play_until_enough(pool: WorkerPool, collection: Collection, tasks: Sequence
                 units.append((task, candidates))
         if not units:
             return list(zip(tasks, successes, strict=True))
-        for task, init_state_id, success in pool.play(units):
+        for task, number, success in pool.play(units):
             if success:
-                successes[tasks.index(task)].append(init_state_id)
+                successes[tasks.index(task)].append(number)
 
 
-def _shuffled_init_states(collection: Collection, task: Task) -> list[int]:
+def _rounds(collection: Collection) -> int:
+    return ROUNDS if collection.action_noise else 1
+
+
+def _shuffled_episodes(collection: Collection, task: Task) -> list[int]:
+    """Episode numbers, as :meth:`Collection.init_state_id` reads them: one round after the other, each shuffled."""
     rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id])
-    return [int(state) for state in rng.permutation(np.arange(*collection.init_state_ids))]
+    first, last = collection.init_state_ids
+    rounds = [rng.permutation(np.arange(first, last)) + each * (last - first) for each in range(_rounds(collection))]
+    return [int(number) for number in np.concatenate(rounds)]
 
 
 def parts_fingerprint(collection: Collection) -> str:

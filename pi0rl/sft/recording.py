@@ -51,6 +51,11 @@ class Collection:
     scene_seed: int = 0
     action_noise: float = 0.0
 
+    def init_state_id(self, number: int) -> int:
+        """Where an episode begins. Numbers are init states; beyond the last one they go on with the first."""
+        first, last = self.init_state_ids
+        return first + (number - first) % (last - first)
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -67,11 +72,11 @@ class Recording:
     disturbed: np.ndarray | None = None
 
 
-def play(simulation: Simulation, renderer: Renderer, collection: Collection, init_state_id: int) -> Recording:
-    """Play one episode with the expert until success or the task's step limit."""
+def play(simulation: Simulation, renderer: Renderer, collection: Collection, number: int) -> Recording:
+    """Play an episode, by its number in the collection, with the expert until success or the task's step limit."""
     task = simulation.task
-    rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id, init_state_id])
-    simulation.reset(init_states(task, collection.split)[init_state_id], collection.settle_steps)
+    rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id, number])
+    simulation.reset(init_states(task, collection.split)[collection.init_state_id(number)], collection.settle_steps)
     expert = Expert(simulation, rng)
     states, actions, images, disturbed = [], [], [], []
     noise = collection.action_noise
@@ -91,9 +96,9 @@ def play(simulation: Simulation, renderer: Renderer, collection: Collection, ini
     return Recording(False, empty, empty, empty)
 
 
-def part_name(task: Task, init_state_id: int) -> str:
+def part_name(task: Task, number: int) -> str:
     """File name of one played episode in the ``.parts`` folder."""
-    return f"{task.suite}_{task.task_id}_{init_state_id}.npz"
+    return f"{task.suite}_{task.task_id}_{number}.npz"
 
 
 def save_part(recording: Recording, path: Path) -> None:

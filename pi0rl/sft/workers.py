@@ -53,13 +53,13 @@ class WorkerPool:
             process.join()
 
     def play(self, units: Sequence[Unit]) -> Iterator[Result]:
-        """Play lists of init states, a task at a time per process; yields episodes as they finish.
+        """Play lists of episodes by their numbers, a task at a time per process; yields episodes as they finish.
 
         Raises:
             UserError: a worker found something the user can mend, or died.
         """
         queue = deque(_split(units, len(self._processes)))
-        total = sum(len(init_state_ids) for _, init_state_ids in queue)
+        total = sum(len(numbers) for _, numbers in queue)
         progress, done, failed = Progress("demos", total, "episode"), 0, 0
         left: dict[Connection, int] = {}
         for connection in self._processes:
@@ -105,9 +105,9 @@ def _split(units: Sequence[Unit], workers: int) -> list[Unit]:
     """A task per unit, since loading a scene takes a second; in pieces only where there are more workers than tasks."""
     pieces = -(-workers // len(units))
     return [
-        (task, [int(state) for state in piece])
-        for task, init_state_ids in units
-        for piece in np.array_split(init_state_ids, min(pieces, len(init_state_ids)))
+        (task, [int(number) for number in piece])
+        for task, numbers in units
+        for piece in np.array_split(numbers, min(pieces, len(numbers)))
     ]
 
 
@@ -118,15 +118,15 @@ def _serve(connection: Connection, collection: Collection, parts: Path) -> None:
     renderer = Renderer(collection.camera_size, PROFILES[collection.render_profile])
     try:
         while True:
-            task, init_state_ids = connection.recv()
+            task, numbers = connection.recv()
             simulation = Simulation(task, collection.scene_seed)
-            for init_state_id in init_state_ids:
-                path = parts / part_name(task, init_state_id)
+            for number in numbers:
+                path = parts / part_name(task, number)
                 if not path.exists():
-                    save_part(play(simulation, renderer, collection, init_state_id), path)
+                    save_part(play(simulation, renderer, collection, number), path)
                 with np.load(path) as part:
                     success = bool(part["success"])
-                connection.send((task, init_state_id, success))
+                connection.send((task, number, success))
     except EOFError:
         return
     except (UserError, OSError) as error:
