@@ -137,6 +137,10 @@ def test_a_set_from_the_hub_is_recorded_with_its_commit(
     monkeypatch.setattr(importing, "hub_dataset", lambda source: snapshot)
     card = import_demonstrations(request(Path("org/name@main")), tmp_path / "demos")
     assert card["source"]["commit"] == snapshot.name
+    export(tmp_path / "demos", tmp_path / "exported")
+    readme = (tmp_path / "exported/README.md").read_text()
+    assert "Taken over from `org/name@main`." in readme
+    assert "license" not in readme
 
 
 def test_what_was_taken_is_said(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +148,32 @@ def test_what_was_taken_is_said(copy: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.endswith("; took 1 of 2 episodes per task (demos.episodes_per_task)\n")
     import_demonstrations(request(copy), tmp_path / "both")
     assert capsys.readouterr().err.endswith("; took 2 of 2 episodes per task\n")
+
+
+def test_disturbed_steps_stay_known(tmp_path: Path) -> None:
+    disturbed = [np.arange(length) % 3 == 1 for length in LENGTHS]
+    write_own(tmp_path, disturbed=disturbed, action_noise=0.5)
+    export(tmp_path / "demos", tmp_path / "lerobot")
+    info = json.loads((tmp_path / "lerobot" / INFO).read_text())
+    assert info["features"]["disturbed"] == {"dtype": "int64", "shape": [1], "names": None}
+    readme = (tmp_path / "lerobot/README.md").read_text()
+    assert "`disturbed`: 1 at steps" in readme
+    assert "license: apache-2.0" in readme
+    import_demonstrations(request(tmp_path / "lerobot"), tmp_path / "back")
+    np.testing.assert_array_equal(load(tmp_path / "back").disturbed, np.tile(np.concatenate(disturbed), 10))
+    export(tmp_path / "back", tmp_path / "again")
+    readme = (tmp_path / "again/README.md").read_text()
+    assert "Taken over from `lerobot`." in readme
+    assert "license" not in readme
+    assert "`disturbed`: 1 at steps" in readme
+    assert str(tmp_path) not in readme
+
+
+def test_undisturbed_sets_have_no_such_column(exported: Path, tmp_path: Path) -> None:
+    assert "disturbed" not in json.loads((exported / INFO).read_text())["features"]
+    assert "disturbed" not in (exported / "README.md").read_text()
+    import_demonstrations(request(exported, episodes_per_task=1), tmp_path / "back")
+    assert "disturbed" not in pq.read_schema(tmp_path / "back/steps.parquet").names
 
 
 def test_statistics_are_those_of_the_steps(own: Path, exported: Path) -> None:
