@@ -1,7 +1,7 @@
 """Plays the scripted expert on every task: successes per task and split, and how many control steps they take.
 
     python -m benchmarks.expert                          # the four suites, 20 init states of both splits
-    python -m benchmarks.expert --suites libero_90 --states 5 --split official
+    python -m benchmarks.expert --suites libero_90 --states 2 --split official
 
 Writes benchmarks/results/expert.json and expert.md after every task; suites and splits that are not asked for keep the
 results of the last run. The expert sees no pictures, so an episode takes about half a second of one core.
@@ -18,6 +18,7 @@ from typing import get_args
 import numpy as np
 
 from benchmarks.machine import describe_machine
+from pi0rl.errors import UserError
 from pi0rl.files import replace_text
 from pi0rl.libero.expert import Expert
 from pi0rl.libero.plan import Split, init_states
@@ -29,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # What the expert is meant to reach on every task of a suite.
 TARGETS = {"libero_spatial": 0.9, "libero_object": 0.9, "libero_goal": 0.8, "libero_10": 0.7}
+NOT_PLAYED = "- | -"  # two cells of a table
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,21 @@ class TaskResult:
 
 
 def play(task: Task, split: Split, states: int) -> TaskResult:
-    """The expert on the first init states of a task."""
+    """The expert on the first init states of a task.
+
+    Raises:
+        UserError: there are not as many, or none is asked for.
+    """
+    available = init_states(task, split)
+    if not 1 <= states <= len(available):
+        raise UserError(
+            f"--states {states}: {task.suite} task {task.task_id} has {len(available)} {split} ones, expected 1 to "
+            f"{len(available)}"
+        )
     simulation = Simulation(task)
     steps, failed = [], []
     for init_state_id in range(states):
-        simulation.reset(init_states(task, split)[init_state_id])
+        simulation.reset(available[init_state_id])
         expert = Expert(simulation, np.random.default_rng(0))
         for step in range(task.max_episode_steps):
             if simulation.step(expert.action()):
@@ -99,20 +111,22 @@ def as_markdown(results: list[TaskResult]) -> str:
 
 def _cell(result: TaskResult | None) -> str:
     if result is None:
-        return "| "
+        return NOT_PLAYED
     mean = f"{np.mean(result.steps):.1f}" if result.steps else "-"
     return f"{len(result.steps)}/{result.episodes} | {mean}"
 
 
 def _summary(results: list[TaskResult]) -> str:
     if not results:
-        return "| "
+        return NOT_PLAYED
     worst = min(results, key=lambda result: len(result.steps) / result.episodes)
     share = sum(len(result.steps) for result in results) / sum(result.episodes for result in results)
     return f"{share:.1%} | {len(worst.steps)}/{worst.episodes} (task {worst.task_id})"
 
 
 def _sum(results: list[TaskResult]) -> str:
+    if not results:
+        return "-"
     return f"**{sum(len(result.steps) for result in results)}/{sum(result.episodes for result in results)}**"
 
 
@@ -146,7 +160,10 @@ def main() -> None:
     results, table = load(arguments.output / "expert.json"), ""
     progress = Progress("expert", len(units), "task")
     for done, (task, split) in enumerate(units, start=1):
-        played = play(task, split, arguments.states)
+        try:
+            played = play(task, split, arguments.states)
+        except UserError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
         key = (task.suite, task.task_id, split)
         results = [row for row in results if (row.suite, row.task_id, row.split) != key] + [played]
         table = save(arguments.output, results)

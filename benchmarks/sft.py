@@ -99,9 +99,12 @@ class LeRobot:
         script, self._said = Path(__file__).with_name("lerobot_training.py"), folder / f"stderr-{workers}"
         command = [python, "-P", str(script), str(folder), str(batch), str(workers), str(threads)]
         with self._said.open("w") as said:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+                )
+            except OSError as error:
+                raise UserError(f"--lerobot {python}: cannot be started ({error.strerror}); name a Python") from error
         self._python = python
         self.described = self._answer()
 
@@ -199,6 +202,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch, on both sides")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of sft.json and sft.md")
     options = parser.parse_args()
+    try:
+        _run(options)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder, source = Path(name), options.demos or Path(name) / "demos"

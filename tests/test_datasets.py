@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from PIL import Image
 from pi0rl.cli import main
 from pi0rl.errors import UserError
 from pi0rl.libero.suites import suite_tasks
+from pi0rl.sft import importing
 from pi0rl.sft.assembling import assemble
 from pi0rl.sft.demonstrations import Demonstrations, load
 from pi0rl.sft.importing import Import, import_demonstrations
@@ -29,6 +33,9 @@ from pi0rl.sft.recording import Recording, part_name, save_part
 
 SUITE, SIZE = "libero_goal", 32
 LENGTHS = (5, 7)  # of the two episodes of every task
+# of the first task in an exported set
+DATA, VIDEO = "data/chunk-000/file-000.parquet", "videos/observation.images.image/chunk-000/file-000.mp4"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 
 def episode(seed: int, length: int, size: int = SIZE) -> Recording:
@@ -46,16 +53,21 @@ def episode(seed: int, length: int, size: int = SIZE) -> Recording:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of our own: two short episodes for each of ten tasks."""
     folder = tmp_path_factory.mktemp("own")
+    write_own(folder, disturbed=[None, None], action_noise=0.0)
+    return folder / "demos"
+
+
+def write_own(folder: Path, disturbed: Sequence[np.ndarray | None], action_noise: float) -> None:
     parts, chosen = folder / "parts", []
     parts.mkdir()
     for task in suite_tasks(SUITE):
-        for number, length in enumerate(LENGTHS):
-            save_part(episode(10 * task.task_id + number, length), parts / part_name(task, number))
+        for number, (length, flags) in enumerate(zip(LENGTHS, disturbed, strict=True)):
+            recording = replace(episode(10 * task.task_id + number, length), disturbed=flags)
+            save_part(recording, parts / part_name(task, number))
         chosen.append((task, [0, 1]))
-    made = {"action_noise": 0.0, "split": "official", "seed": 0}
+    made = {"action_noise": action_noise, "split": "official", "seed": 0}
     (folder / "demos").mkdir()
     assemble({"fingerprint": "0" * 16, "collection": made}, SIZE, 1, chosen, parts, folder / "demos")
-    return folder / "demos"
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +114,68 @@ def test_the_same_set_is_exported_to_the_same_bytes(own: Path, exported: Path, t
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
 
 
+def test_what_is_imported_is_tied_to_what_the_files_hold(copy: Path, tmp_path: Path) -> None:
+    first = import_demonstrations(request(copy), tmp_path / "demos")
+    names = set(first["source"]["files"])
+    assert {"meta/info.json", "meta/tasks.parquet", DATA, VIDEO} <= names
+    few = import_demonstrations(request(copy, suites=("libero_goal",), episodes_per_task=1), tmp_path / "few")
+    assert set(few["source"]["files"]) == names  # every task has its own files here
+    table = pq.read_table(copy / DATA)
+    other = np.stack(table["action"].to_pylist()) * np.float32(0.5)
+    change_columns(copy / DATA, action=pa.FixedSizeListArray.from_arrays(pa.array(other.ravel()), 7))
+    second = import_demonstrations(request(copy), tmp_path / "demos")
+    assert second["fingerprint"] != first["fingerprint"]
+    np.testing.assert_array_equal(load(tmp_path / "demos").actions[: len(other)], other)
+    (copy / VIDEO).write_bytes((copy / VIDEO).read_bytes() + b"free space after the last box")
+    assert import_demonstrations(request(copy), tmp_path / "demos")["fingerprint"] != second["fingerprint"]
+
+
+def test_a_set_from_the_hub_is_recorded_with_its_commit(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = copy.rename(tmp_path / ("c0ffee" * 7)[:40])
+    monkeypatch.setattr(importing, "hub_dataset", lambda source: snapshot)
+    card = import_demonstrations(request(Path("org/name@main")), tmp_path / "demos")
+    assert card["source"]["commit"] == snapshot.name
+    export(tmp_path / "demos", tmp_path / "exported")
+    readme = (tmp_path / "exported/README.md").read_text()
+    assert "Taken over from `org/name@main`." in readme
+    assert "license" not in readme
+
+
+def test_what_was_taken_is_said(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_demonstrations(request(copy, episodes_per_task=1), tmp_path / "one")
+    assert capsys.readouterr().err.endswith("; took 1 of 2 episodes per task (demos.episodes_per_task)\n")
+    import_demonstrations(request(copy), tmp_path / "both")
+    assert capsys.readouterr().err.endswith("; took 2 of 2 episodes per task\n")
+
+
+def test_disturbed_steps_stay_known(tmp_path: Path) -> None:
+    disturbed = [np.arange(length) % 3 == 1 for length in LENGTHS]
+    write_own(tmp_path, disturbed=disturbed, action_noise=0.5)
+    export(tmp_path / "demos", tmp_path / "lerobot")
+    info = json.loads((tmp_path / "lerobot" / INFO).read_text())
+    assert info["features"]["disturbed"] == {"dtype": "int64", "shape": [1], "names": None}
+    readme = (tmp_path / "lerobot/README.md").read_text()
+    assert "`disturbed`: 1 at steps" in readme
+    assert "license: apache-2.0" in readme
+    import_demonstrations(request(tmp_path / "lerobot"), tmp_path / "back")
+    np.testing.assert_array_equal(load(tmp_path / "back").disturbed, np.tile(np.concatenate(disturbed), 10))
+    export(tmp_path / "back", tmp_path / "again")
+    readme = (tmp_path / "again/README.md").read_text()
+    assert "Taken over from `lerobot`." in readme
+    assert "license" not in readme
+    assert "`disturbed`: 1 at steps" in readme
+    assert str(tmp_path) not in readme
+
+
+def test_undisturbed_sets_have_no_such_column(exported: Path, tmp_path: Path) -> None:
+    assert "disturbed" not in json.loads((exported / INFO).read_text())["features"]
+    assert "disturbed" not in (exported / "README.md").read_text()
+    import_demonstrations(request(exported, episodes_per_task=1), tmp_path / "back")
+    assert "disturbed" not in pq.read_schema(tmp_path / "back/steps.parquet").names
+
+
 def test_statistics_are_those_of_the_steps(own: Path, exported: Path) -> None:
     stats, demonstrations = json.loads((exported / "meta/stats.json").read_text()), load(own)
     np.testing.assert_allclose(stats["action"]["mean"], demonstrations.actions.mean(0, dtype=np.float64))
@@ -113,9 +187,16 @@ def test_statistics_are_those_of_the_steps(own: Path, exported: Path) -> None:
 
 def test_pictures_inside_parquet_are_read_too(own: Path, copy: Path, tmp_path: Path) -> None:
     """As HuggingFaceVLA/libero keeps them: dtype image, PNG bytes in the data files, 10 frames a second."""
-    info = json.loads((copy / INFO).read_text())
     demonstrations = load(own)
-    info["fps"] = 10
+    embed_pictures(copy, demonstrations)
+    change_info(copy, fps=10)
+    import_demonstrations(request(copy, fps=10), tmp_path / "back")
+    assert_same(demonstrations, load(tmp_path / "back"), pixels=1e-9)
+
+
+def embed_pictures(copy: Path, demonstrations: Demonstrations, cut: int | None = None) -> None:
+    """Pictures in the data files, of which ``cut`` leaves the first bytes, instead of videos."""
+    info = json.loads((copy / INFO).read_text())
     pictures = {
         "observation.images.image": demonstrations.base_image,
         "observation.images.image2": demonstrations.wrist_image,
@@ -127,12 +208,10 @@ def test_pictures_inside_parquet_are_read_too(own: Path, copy: Path, tmp_path: P
         table = pq.read_table(path)
         rows = table["index"].to_numpy()
         for key, images in pictures.items():
-            cells = [{"bytes": png(images[row][::-1, ::-1]), "path": None} for row in rows]
+            cells = [{"bytes": png(images[row][::-1, ::-1])[:cut], "path": None} for row in rows]
             table = table.append_column(key, pa.array(cells))
         pq.write_table(table, path)
     shutil.rmtree(copy / "videos")
-    import_demonstrations(request(copy, fps=10), tmp_path / "back")
-    assert_same(demonstrations, load(tmp_path / "back"), pixels=1e-9)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -144,6 +223,15 @@ def png(image: np.ndarray) -> bytes:
 def change_info(folder: Path, **changes: Any) -> None:
     info = json.loads((folder / INFO).read_text())
     (folder / INFO).write_text(json.dumps(info | changes))
+
+
+def change_columns(path: Path, **columns: pa.Array | None) -> None:
+    """Columns of a Parquet file replaced, or taken out."""
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.drop_columns([name])
+        table = table if values is None else table.append_column(name, values)
+    pq.write_table(table, path)
 
 
 def test_unfit_lerobot_datasets_are_refused(copy: Path, exported: Path, tmp_path: Path) -> None:
@@ -212,7 +300,7 @@ def test_liberos_own_files_are_read(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_unfit_hdf5_files_are_refused(tmp_path: Path) -> None:
     write_hdf5(tmp_path / "narrow", actions=6)
-    with pytest.raises(UserError, match=r"episode 0 has state \[5, 8\] and actions \[5, 6\], expected"):
+    with pytest.raises(UserError, match=r"demo_0/actions has shape \[6, 6\], expected LIBERO's \[6, 7\]"):
         import_demonstrations(request(tmp_path / "narrow"), tmp_path / "demos")
     write_hdf5(tmp_path / "blind", camera="front_rgb")
     with pytest.raises(UserError, match="demo_0 has no obs/eye_in_hand_rgb, expected LIBERO's"):
@@ -222,6 +310,211 @@ def test_unfit_hdf5_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated, or not a file of LIBERO's demonstrations"):
         import_demonstrations(request(tmp_path / "short"), tmp_path / "demos")
+
+
+def info_changed(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: change_info(folder, **changes)
+
+
+def feature_changed(key: str, **changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        features = json.loads((folder / INFO).read_text())["features"]
+        changed = {name: value for name, value in (features[key] | changes).items() if value is not None}
+        change_info(folder, features=features | {key: changed})
+
+    return change
+
+
+def columns_changed(name: str, **columns: pa.Array | None) -> Callable[[Path], None]:
+    return lambda folder: change_columns(folder / name, **columns)
+
+
+def no_episodes(folder: Path) -> None:
+    pq.write_table(pq.read_table(folder / EPISODES).slice(0, 0), folder / EPISODES)
+
+
+def texts(*instructions: str) -> Callable[[Path], None]:
+    table = pa.table({"task_index": list(range(len(instructions))), "task": list(instructions)})
+    return lambda folder: pq.write_table(table, folder / "meta/tasks.parquet")
+
+
+def pictures_by_path(folder: Path) -> None:
+    rows = len(pq.read_table(folder / DATA))
+    cells = pa.array([{"bytes": None, "path": "images/0.png"}] * rows, pa.struct({"bytes": pa.binary(), "path": "str"}))
+    change_columns(folder / DATA, **{"observation.images.image": cells})
+
+
+LEROBOT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "info is a list": (lambda folder: (folder / INFO).write_text("[]"), "info.json: a list, expected an obje"),
+    "no features": (info_changed(features=None), "features is missing or no object of objects"),
+    "another placeholder": (
+        info_changed(data_path="data/{part}.parquet"),
+        r"data_path is 'data/\{part\}.parquet', exp",
+    ),
+    "data elsewhere": (
+        info_changed(data_path="/{chunk_index}/{file_index}"),
+        "data_path is '/.*expected a path made of",
+    ),
+    "no video_path": (info_changed(video_path=None), r"video_path is None, expected a path made of \{video_key\}"),
+    "no shape": (feature_changed("action", shape=None), r"action has shape None, expected LIBERO's \[7\]"),
+    "no camera's shape": (
+        feature_changed("observation.images.image", shape=None),
+        "image is video None, expected a vi",
+    ),
+    "no dtype": (
+        feature_changed("observation.images.image", dtype=None),
+        r"image is None \[32, 32, 3\], expected a vi",
+    ),
+    "no episodes": (no_episodes, "copy: no episodes; download the whole data set"),
+    "no tasks of episodes": (
+        columns_changed(EPISODES, tasks=None),
+        r"file-000.parquet: no column tasks; it has episode",
+    ),
+    "no file index": (columns_changed(EPISODES, **{"data/file_index": None}), "no column data/file_index; it has"),
+    "no times of videos": (
+        columns_changed(EPISODES, **{"videos/observation.images.image/from_timestamp": None}),
+        "no column videos/observation.images.image/from_timestamp",
+    ),
+    "other lengths": (
+        columns_changed(EPISODES, length=pa.array(["a"] * 20)),
+        "column length is string, expected int64",
+    ),
+    "empty episodes": (
+        columns_changed(EPISODES, length=pa.array([0] * 20)),
+        "episode 0 has 1 instructions and 0 steps",
+    ),
+    "holes": (columns_changed(EPISODES, length=pa.array([None] * 20)), "column length has 20 empty cells"),
+    "no state": (
+        columns_changed(DATA, **{"observation.state": None}),
+        "no column observation.state; it has action, tim",
+    ),
+    "narrow actions": (
+        columns_changed(DATA, action=pa.array([[0.0]] * 12)),
+        "column action is list<.*double>, exp",
+    ),
+    "other instructions": (
+        texts("fly"),
+        "does not list the instruction 'open the middle drawer .* columns task_index, t",
+    ),
+    "truncated pictures": (
+        lambda folder: None,
+        "image, episode 0: pictures cannot be read .*; download the file again",
+    ),
+    "pictures by path": (pictures_by_path, "image, episode 0: step 0 only names the file 'images/0.png', expected the"),
+}
+
+
+def refusal(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line in which looking at a set ends."""
+    assert main(["dataset", "inspect", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pi0rl: error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("case", LEROBOT)
+def test_broken_lerobot_datasets_end_in_one_line(
+    case: str, own: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, match = LEROBOT[case]
+    if "pictures" in case:
+        embed_pictures(copy, load(own), cut=-40 if case == "truncated pictures" else None)
+    change(copy)
+    assert re.search(match, refusal(copy, capsys))
+
+
+def test_instructions_may_be_a_column(copy: Path) -> None:
+    texts(*(task.language for task in suite_tasks(SUITE)))(copy)
+    assert len(set(importing.open_source(copy, 20).instructions)) == 10
+
+
+def without_demos(data: h5py.Group) -> None:
+    del data["demo_0"]
+
+
+def renamed(data: h5py.Group) -> None:
+    data.move("demo_0", "first")
+
+
+def replaced(name: str, values: Any) -> Callable[[h5py.Group], None]:
+    def change(data: h5py.Group) -> None:
+        del data[name]
+        data[name] = values
+
+    return change
+
+
+def attribute(name: str, value: str) -> Callable[[h5py.Group], None]:
+    return lambda data: data.attrs.__setitem__(name, value)
+
+
+HDF5: dict[str, tuple[Callable[[h5py.Group], None], str]] = {
+    "no demos": (without_demos, "hdf5: no episodes; download"),
+    "other names": (renamed, "data/first, expected demo_0, demo_1, ... alone"),
+    "a file for a group": (replaced("demo_0", 1.0), "demo_0 has no actions, expected LIBERO's"),
+    "no JSON": (attribute("problem_info", "{"), "attribute problem_info is no JSON object"),
+    "no instruction": (attribute("problem_info", "{}"), "problem_info has no language_instruction"),
+    "one gripper": (
+        replaced("demo_0/obs/gripper_states", [0.0] * 6),
+        r"demo_0/obs/gripper_states has shape \[6\], expected LIBERO's \[6, 2\]",
+    ),
+    "too few looks": (
+        replaced("demo_0/obs/agentview_rgb", np.zeros((5, 16, 16, 3), np.uint8)),
+        r"demo_0/obs/agentview_rgb has shape \[5, 16, 16, 3\], expected LIBERO's \[6, any, any, 3\]",
+    ),
+    "another frequency": (
+        attribute("env_args", json.dumps({"env_kwargs": {"control_freq": 10}})),
+        "control_freq in env_args is 10, expected LIBERO's 20",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HDF5)
+def test_broken_hdf5_files_end_in_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hdf5(tmp_path / "hdf5")
+    change, match = HDF5[case]
+    for path in (tmp_path / "hdf5").iterdir():
+        with h5py.File(path, "a") as file:
+            change(file["data"])
+    assert re.search(match, refusal(tmp_path / "hdf5", capsys))
+
+
+def test_liberos_frequency_may_be_said(tmp_path: Path) -> None:
+    write_hdf5(tmp_path / "hdf5")
+    for path in (tmp_path / "hdf5").iterdir():
+        with h5py.File(path, "a") as file:
+            file["data"].attrs["env_args"] = json.dumps({"type": 1, "env_kwargs": {"control_freq": 20}})
+    assert len(importing.open_source(tmp_path / "hdf5", 20).instructions) == 10
+
+
+CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no statistics": (lambda card: card.update(norm_stats=None), "norm_stats is missing or not dict"),
+    "no files": (lambda card: card.pop("files"), "files is missing or not dict"),
+    "no state": (lambda card: card["norm_stats"].pop("state"), "norm_stats.state.mean is missing or not 8 finite num"),
+    "no mean": (lambda card: card["norm_stats"]["actions"].pop("mean"), "norm_stats.actions.mean is missing or not 7"),
+    "short": (
+        lambda card: card["norm_stats"]["actions"].update(q99=[1.0]),
+        "norm_stats.actions.q99 is missing or not 7",
+    ),
+    "not numbers": (
+        lambda card: card["norm_stats"]["state"].update(std=["a"] * 8),
+        "norm_stats.state.std is missing or",
+    ),
+    "infinite": (
+        lambda card: card["norm_stats"]["state"].update(std=[float("inf")] * 8),
+        "state.std is missing or not 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_broken_cards_end_in_one_line(case: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, match = CARDS[case]
+    card = json.loads((own / "dataset.json").read_text())
+    change(card)
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    assert re.search(match, refusal(tmp_path, capsys))
 
 
 READ_BY_LEROBOT = """

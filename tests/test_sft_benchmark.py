@@ -49,3 +49,29 @@ def test_the_table_takes_ratios_within_rounds(demos: Path, tmp_path: Path) -> No
     assert "| LeRobot | 5.0 | 25% | 3.00 x [2.00, 4.00] |" in both
     with pytest.raises(UserError, match=r"--lerobot false: LeRobot's training did not run \(no message\)"):
         benchmark.LeRobot("false", tmp_path, 4, 0, 1)
+
+
+def test_a_wrong_python_ends_in_one_line(
+    demos: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [
+        "--lerobot",
+        str(tmp_path / "none"),
+        "--demos",
+        str(demos),
+        "--output",
+        str(tmp_path),
+        "--threads",
+        "1",
+    ]
+    monkeypatch.setattr("sys.argv", ["sft.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    expected = (
+        f"sft.py: error: --lerobot {tmp_path}/none: cannot be started (No such file or directory); name a Python\n"
+    )
+    assert capsys.readouterr().err.splitlines(keepends=True)[-1] == expected  # after progress

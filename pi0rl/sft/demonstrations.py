@@ -34,6 +34,18 @@ LAYOUT = {
     "state_dim": STATE_DIM,
     "action_dim": ACTION_DIM,
 }
+# What a card says of its own set beside that.
+CARD_KEYS: dict[str, type] = {
+    "fingerprint": str,
+    "files": dict,
+    "tasks": list,
+    "episodes": list,
+    "steps": int,
+    "image_size": int,
+    "image_stride": int,
+    "norm_stats": dict,
+}
+STATISTICS = ("mean", "std", "q01", "q99")
 
 
 @dataclass(frozen=True)
@@ -106,8 +118,8 @@ def read_steps(directory: Path, card: dict[str, Any]) -> Steps:
     if len(table) != card["steps"]:
         raise UserError(f"{directory}: {CARD_NAME} has {card['steps']} steps, {STEPS_NAME} {len(table)}; collect again")
     return Steps(
-        state=_matrix(table["state"], STATE_DIM),
-        actions=_matrix(table["action"], ACTION_DIM),
+        state=matrix(table["state"], STATE_DIM),
+        actions=matrix(table["action"], ACTION_DIM),
         episode=table["episode"].to_numpy(),
         step=table["step"].to_numpy(),
         task=table["task"].to_numpy(),
@@ -217,18 +229,30 @@ def read_card(directory: Path) -> dict[str, Any]:
         found = card.get(key) if isinstance(card, dict) else None
         if found != expected:
             raise UserError(f"{path}: {key} is {found!r}, expected {expected!r}; this reader takes no other layout")
-    lacking = [key for key in ("state", "actions") if key not in card.get("norm_stats", {})]
-    if lacking:
-        raise UserError(f"{path}: norm_stats has no {lacking[0]}, nothing can be normalised; collect again")
+    for key, kind in CARD_KEYS.items():
+        if not isinstance(card.get(key), kind):
+            raise UserError(f"{path}: {key} is missing or not {kind.__name__}; collect again")
+    for key, width in (("state", STATE_DIM), ("actions", ACTION_DIM)):
+        _check_statistics(path, key, card["norm_stats"].get(key), width)
     return card
+
+
+def _check_statistics(path: Path, key: str, statistics: Any, width: int) -> None:
+    for name in STATISTICS:
+        values = statistics.get(name) if isinstance(statistics, dict) else None
+        numbers = values if isinstance(values, list) and all(isinstance(v, int | float) for v in values) else []
+        if len(numbers) != width or not np.isfinite(numbers).all():
+            raise UserError(
+                f"{path}: norm_stats.{key}.{name} is missing or not {width} finite numbers, nothing can be normalised; "
+                "collect again"
+            )
 
 
 def normalisation(values: np.ndarray) -> dict[str, list[float]]:
     """Mean, population standard deviation and 1 % and 99 % quantiles per column, as in openpi's norm_stats.json."""
     values = values.astype(np.float64)
-    low, high = np.quantile(values, [0.01, 0.99], axis=0)
-    statistics = {"mean": values.mean(axis=0), "std": values.std(axis=0), "q01": low, "q99": high}
-    return {name: [float(number) for number in row] for name, row in statistics.items()}
+    rows = (values.mean(axis=0), values.std(axis=0), *np.quantile(values, [0.01, 0.99], axis=0))
+    return {name: [float(number) for number in row] for name, row in zip(STATISTICS, rows, strict=True)}
 
 
 def steps_table(columns: dict[str, np.ndarray]) -> pa.Table:
@@ -251,5 +275,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """The fixed-size lists of a column as [n, width]."""
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

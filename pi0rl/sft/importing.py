@@ -55,9 +55,11 @@ def import_demonstrations(wanted: Import, output_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: the source is not there, is of no format that is read, or lacks a task.
     """
-    source = open_source(wanted.source, wanted.fps)
+    directory, commit = _found(wanted.source)
+    source = open_source(directory, wanted.fps)
     chosen = choose(source, wanted.suites, wanted.episodes_per_task)
-    made_from = {"import": asdict(wanted), "source": source.described}
+    described = source.described([number for _, numbers in chosen for number in numbers])
+    made_from = {"import": asdict(wanted), "source": described}
     text = json.dumps({**made_from, "versions": versions()}, sort_keys=True)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     card = finished(output_dir, fingerprint)
@@ -72,30 +74,42 @@ def import_demonstrations(wanted: Import, output_dir: Path) -> dict[str, Any]:
             if not path.exists():
                 save_part(_recording(source, number, wanted.camera_size), path)
             done += 1
-            progress.update(done, task.language)
+            progress.update(done, taken(source, chosen) if done == total else task.language)
+    made_from["source"] |= {} if commit is None else {"commit": commit}  # the digests decide, not the commit
     with replace_directory(output_dir) as folder:
         assemble({"fingerprint": fingerprint, **made_from}, wanted.camera_size, 1, chosen, parts, folder)
     shutil.rmtree(parts)
     return read_card(output_dir)
 
 
-def open_source(source: str, fps: int) -> EpisodeSource:
-    """The set of demonstrations at a folder or a hub id, by what its files are.
+def _found(source: str) -> tuple[Path, str | None]:
+    """The folder of a set, and the commit of one on the hub."""
+    if Path(source).is_dir():
+        return Path(source), None
+    directory = hub_dataset(source)
+    return directory, directory.name  # of a snapshot in the hub's cache
+
+
+def open_source(directory: Path, fps: int) -> EpisodeSource:
+    """The set of demonstrations in a folder, by what its files are.
 
     Raises:
-        UserError: nothing there, or nothing that can be read.
+        UserError: nothing there that can be read, or no episode.
     """
-    directory = Path(source) if Path(source).is_dir() else hub_dataset(source)
     if (directory / INFO).is_file():
-        return LerobotDataset(directory, fps)
-    if any(directory.glob("*_demo.hdf5")):
+        source = LerobotDataset(directory, fps)
+    elif any(directory.glob("*_demo.hdf5")):
         from pi0rl.sft.libero_hdf5 import LiberoHdf5
 
-        return LiberoHdf5(directory)
-    raise UserError(
-        f"{source}: neither a LeRobotDataset ({INFO}) nor LIBERO's HDF5 files (*_demo.hdf5); name the folder that "
-        "holds them"
-    )
+        source = LiberoHdf5(directory)
+    else:
+        raise UserError(
+            f"{directory}: neither a LeRobotDataset ({INFO}) nor LIBERO's HDF5 files (*_demo.hdf5); name the folder "
+            "that holds them"
+        )
+    if not source.instructions:
+        raise UserError(f"{directory}: no episodes; download the whole data set")
+    return source
 
 
 def inspect(source: str, fps: int) -> list[str]:
@@ -106,12 +120,12 @@ def inspect(source: str, fps: int) -> list[str]:
         counts = Counter(card["tasks"][episode["task"]]["language"] for episode in card["episodes"])
         first = f"{FORMAT}, {card['steps']} steps, images of {card['image_size']} pixels every {card['image_stride']}"
         return [f"{source}: {first}", f"files: {found or 'as they were written'}", *_counted(counts)]
-    opened = open_source(source, fps)
+    opened = open_source(_found(source)[0], fps)
     episode = opened.read(0)
     height, width = episode.base_image.shape[1:3]
     shown = f"{len(episode.state)} steps with images of {width} x {height} pixels"
     return [
-        f"{source}: {opened.described['format']}",
+        f"{source}: {opened.format}",
         f"first episode: {episode.problem() or shown}",
         *_counted(Counter(opened.instructions)),
     ]
@@ -146,6 +160,18 @@ def choose(source: EpisodeSource, suites: Sequence[str], episodes_per_task: int)
     return list(chosen.values())
 
 
+def taken(source: EpisodeSource, chosen: Sequence[tuple[Task, Sequence[int]]]) -> str:
+    """How many of the source's episodes of the chosen tasks were taken, for people."""
+    there = Counter(_normal(instruction) for instruction in source.instructions)
+    few, many = _range([len(numbers) for _, numbers in chosen]), _range([there[task.language] for task, _ in chosen])
+    limit = "" if few == many else " (demos.episodes_per_task)"
+    return f"took {few} of {many} episodes per task{limit}"
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
 def _normal(instruction: str) -> str:
     return " ".join(instruction.lower().strip().rstrip(".").split())
 
@@ -156,4 +182,4 @@ def _recording(source: EpisodeSource, number: int, size: int) -> Recording:
     if problem is not None:
         raise UserError(f"{source.name}: episode {number} has {problem}")
     cameras = [resize_pil(np.ascontiguousarray(images), size) for images in (episode.base_image, episode.wrist_image)]
-    return Recording(True, episode.state, episode.actions, np.stack(cameras, axis=1))
+    return Recording(True, episode.state, episode.actions, np.stack(cameras, axis=1), episode.disturbed)

@@ -21,7 +21,7 @@ from pi0rl.files import replace_directory
 from pi0rl.libero.video import LEARNED_FROM, encode
 from pi0rl.progress import Progress
 from pi0rl.sft import demonstrations as layout
-from pi0rl.sft.lerobot_dataset import ACTION_KEYS, BASE_KEYS, INFO, STATE_KEYS, TASKS, WRIST_KEYS
+from pi0rl.sft.lerobot_dataset import ACTION_KEYS, BASE_KEYS, DISTURBED, INFO, STATE_KEYS, TASKS, WRIST_KEYS
 
 VERSION = "v3.0"
 CAMERA_KEYS = (BASE_KEYS[0], WRIST_KEYS[0])
@@ -62,7 +62,7 @@ def export(source: Path, target: Path) -> None:
         names = pd.Index([task["language"] for task in card["tasks"]], name="task")
         tasks = pd.DataFrame({"task_index": np.arange(len(names))}, index=names)
         _write_table(folder / TASKS, pa.Table.from_pandas(tasks))
-        info = _info(card, len(rows))
+        info = _info(card, steps, len(rows))
         _write_json(folder / INFO, info)
         _write_json(folder / "meta/stats.json", _all_statistics(card, steps, rows))
         (folder / "README.md").write_text(_readme(card, info), encoding="utf-8")
@@ -93,14 +93,16 @@ def _data(steps: layout.Steps, rows: np.ndarray) -> pa.Table:
         STATE: steps.state[rows],
         ACTION: steps.actions[rows],
         "timestamp": (steps.step[rows] / layout.FPS).astype(np.float32),
-        **{name: values[rows] for name, values in _indices(steps).items()},
+        **{name: values[rows] for name, values in _integers(steps).items()},
     }
     return layout.steps_table(columns)
 
 
-def _indices(steps: layout.Steps) -> dict[str, np.ndarray]:
-    values = (steps.step, steps.episode, np.arange(len(steps.step)), steps.task)
-    return {name: column.astype(np.int64) for name, column in zip(INDICES, values, strict=True)}
+def _integers(steps: layout.Steps) -> dict[str, np.ndarray]:
+    """The columns of whole numbers: LeRobot's indices, and where something was disturbed the flags."""
+    columns = dict(zip(INDICES, (steps.step, steps.episode, np.arange(len(steps.step)), steps.task), strict=True))
+    columns |= {DISTURBED: steps.disturbed} if steps.disturbed.any() else {}
+    return {name: column.astype(np.int64) for name, column in columns.items()}
 
 
 def _episode(episode: int, file: int, instruction: str, rows: np.ndarray, local: np.ndarray) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _episode_statistics(steps: layout.Steps, rows: np.ndarray, pictures: np.ndar
 
 def _vector_statistics(steps: layout.Steps, rows: np.ndarray) -> dict[str, Statistics]:
     values = {STATE: steps.state[rows], ACTION: steps.actions[rows], "timestamp": steps.step[rows, None] / layout.FPS}
-    values |= {name: column[rows, None] for name, column in _indices(steps).items()}
+    values |= {name: column[rows, None] for name, column in _integers(steps).items()}
     return {name: _statistics(column) | {"count": [len(rows)]} for name, column in values.items()}
 
 
@@ -166,7 +168,7 @@ def _all_statistics(card: dict[str, Any], steps: layout.Steps, rows: list[dict[s
     return found
 
 
-def _info(card: dict[str, Any], episodes: int) -> dict[str, Any]:
+def _info(card: dict[str, Any], steps: layout.Steps, episodes: int) -> dict[str, Any]:
     size = card["image_size"]
     camera = {
         "dtype": "video",
@@ -187,7 +189,7 @@ def _info(card: dict[str, Any], episodes: int) -> dict[str, Any]:
     features[STATE] = {"dtype": "float32", "shape": [layout.STATE_DIM], "names": list(STATE_NAMES)}
     features[ACTION] = {"dtype": "float32", "shape": [layout.ACTION_DIM], "names": list(ACTION_NAMES)}
     features["timestamp"] = {"dtype": "float32", "shape": [1], "names": None}
-    features |= {name: {"dtype": "int64", "shape": [1], "names": None} for name in INDICES}
+    features |= {name: {"dtype": "int64", "shape": [1], "names": None} for name in _integers(steps)}
     return {
         "codebase_version": VERSION,
         "robot_type": "panda",
@@ -211,16 +213,15 @@ def _readme(card: dict[str, Any], info: dict[str, Any]) -> str:
         f"| {index} | {task['suite']} {task['task_id']} | {task['language']} | {count} |"
         for index, (task, count) in enumerate(zip(card["tasks"], counts, strict=True))
     ]
-    made = card.get("collection")
-    if made is None:
-        origin = f"Taken over from `{card['import']['source']}`."
-    else:
-        noise = f" with action noise {made['action_noise']:g} (labels without)" if made["action_noise"] else ""
-        origin = f"Played by pi0rl's scripted expert{noise} from {made['split']} init states, seed {made['seed']}."
+    flags = [
+        f"- `{DISTURBED}`: 1 at steps where something else than the action was executed, so that the next ones show "
+        "how to come back; do not imitate action chunks that overlap them."
+    ]
     return "\n".join(
         [
             "---",
-            "license: apache-2.0",
+            # whose licence imported ones have is not known here
+            *(["license: apache-2.0"] if "collection" in card else []),
             "task_categories:",
             "- robotics",
             "tags:",
@@ -234,13 +235,14 @@ def _readme(card: dict[str, Any], info: dict[str, Any]) -> str:
             "",
             "# LIBERO demonstrations",
             "",
-            f"{origin} {info['total_episodes']} successful episodes, {info['total_frames']} control steps at "
+            f"{_origin(card)} {info['total_episodes']} successful episodes, {info['total_frames']} control steps at "
             f"{info['fps']} a second, two cameras of {card['image_size']} pixels, fingerprint {card['fingerprint']}.",
             "",
             f"- `{STATE}`: end-effector position (m), axis-angle (rad), both finger joints (m), before the action.",
             f"- `{ACTION}`: LIBERO's seven numbers in [-1, 1]: OSC_POSE deltas and the gripper (1 closes).",
             f"- `{CAMERA_KEYS[0]}`, `{CAMERA_KEYS[1]}`: agentview and wrist camera, turned upright (180 degrees from "
             "what LIBERO renders), H.264.",
+            *(flags if DISTURBED in info["features"] else []),
             "",
             "| task | of | instruction | episodes |",
             "|---:|---|---|---:|",
@@ -250,6 +252,16 @@ def _readme(card: dict[str, Any], info: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _origin(card: dict[str, Any]) -> str:
+    """Who made the demonstrations, without paths of this machine."""
+    made = card.get("collection")
+    if made is None:
+        source = card["import"]["source"]
+        return f"Taken over from `{source if 'commit' in card['source'] else Path(source).name}`."
+    noise = f" with action noise {made['action_noise']:g} (labels without)" if made["action_noise"] else ""
+    return f"Played by pi0rl's scripted expert{noise} from {made['split']} init states, seed {made['seed']}."
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

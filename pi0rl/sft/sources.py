@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,12 +19,14 @@ class SourceEpisode:
         state: float32 [T, 8], end-effector position (m), axis-angle (rad), finger joints (m).
         actions: float32 [T, 7], in the environment's units, in [-1, 1].
         base_image, wrist_image: uint8 [T, h, w, 3], as LIBERO renders (upside down).
+        disturbed: bool [T], whether something else than the action was executed; None where the set does not say.
     """
 
     state: np.ndarray
     actions: np.ndarray
     base_image: np.ndarray
     wrist_image: np.ndarray
+    disturbed: np.ndarray | None = None
 
     def problem(self) -> str | None:
         """What is wrong with it, or None."""
@@ -48,13 +51,21 @@ class EpisodeSource(Protocol):
 
     Attributes:
         name: what to call it in messages.
-        described: what it is, for the card: format, revision, digests.
+        format: what its files are.
         instructions: one for every episode.
     """
 
     name: str
-    described: dict[str, object]
+    format: str
     instructions: tuple[str, ...]
+
+    def described(self, episodes: Iterable[int]) -> dict[str, Any]:
+        """What these episodes are read from, for the card: the format, and the digest of every file.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        ...
 
     def read(self, episode: int) -> SourceEpisode:
         """The episode at an index into ``instructions``.
