@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,16 @@ from pi0rl.policy.foreign import load_openpi, rlinf_weights
 from pi0rl.policy.lerobot import load_lerobot
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.sources import resolve
-from pi0rl.policy.weights import SINGLE, assign, policy_tensors, read_json, read_tensors, sha256, write_safetensors
+from pi0rl.policy.weights import (
+    SINGLE,
+    assign,
+    policy_tensors,
+    read_json,
+    read_tensors,
+    sha256,
+    weight_files,
+    write_safetensors,
+)
 
 CONFIG = "config.json"
 
@@ -52,6 +63,24 @@ def layout_of(directory: Path) -> Layout:
     if "type" in described:
         raise UserError(f"{directory / CONFIG}: type is {described['type']}, expected pi0 or pi05")
     return "openpi" if rlinf_weights(directory) is None else "rlinf"
+
+
+def weights_of(directory: Path, layout: Layout) -> list[Path]:
+    """The files a checkpoint's weights are read from: one, or shards and heads.
+
+    Raises:
+        UserError: there are none, or one that the index names is missing.
+    """
+    rlinf = rlinf_weights(directory) if layout == "rlinf" else None
+    return weight_files(directory) if rlinf is None else [rlinf]
+
+
+def joint_digest(digests: Mapping[str, str]) -> str:
+    """One sha256 of files, given name -> sha256: the only one's; of several, that of sha256sum's lines, by name."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
