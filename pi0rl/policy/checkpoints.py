@@ -83,13 +83,15 @@ def joint_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
+def load_policy(source: str | Path, assets: Path | None = None, statistics: bool = True) -> Policy:
     """Load a policy of any known layout, on the CPU, memory mapped, in the dtypes it is stored in.
 
     Args:
         source: a directory (pi0rl, openpi, RLinf or LeRobot layout), or what ``sources.resolve`` understands.
         assets: directory with norm_stats.json and tokenizer, where an openpi or RLinf checkpoint lacks them, or with
             the tokenizer, where a LeRobot checkpoint does.
+        statistics: False where the caller puts in others: openpi's, RLinf's and LeRobot's layouts need not have any,
+            as a base model has none of LIBERO, and leave them empty.
     """
     directory = resolve(str(source)).directory
     layout = layout_of(directory)
@@ -97,4 +99,5 @@ def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
         return load_own(directory)
     if (directory / SIDECAR).is_file():
         return load_exported(directory)
-    return load_lerobot(directory, assets) if layout == "lerobot" else load_openpi(directory, assets)
+    load = load_lerobot if layout == "lerobot" else load_openpi
+    return load(directory, assets, statistics=statistics)

@@ -30,7 +30,8 @@ def inspect(source: str, assets: Path | None = None) -> Iterator[str]:
     if (directory / ORIGIN).is_file():
         origin = read_json(directory / ORIGIN)
         commit = origin.get("commit") or origin.get("revision")
-        yield _line("origin", f"{origin['kind']} {origin['location']}{f' at {commit}' if commit else ''}")
+        trained = ", then trained by imitation" if origin.get("then") == "sft" else ""
+        yield _line("origin", f"{origin['kind']} {origin['location']}{f' at {commit}' if commit else ''}{trained}")
     policy = load_policy(str(directory), assets)
     yield _line("variant", variant_name(policy.config) + (", of the pi0.5 family" if policy.config.pi05 else ""))
     yield from _sizes(policy.config)
