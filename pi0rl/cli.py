@@ -26,7 +26,7 @@ from pi0rl.sweeps import Point
 
 STAGES = {
     "resolve": "write the params with all defaults to the run folder",
-    "demos": "collect demonstrations with the scripted expert",
+    "demos": "collect demonstrations with the scripted expert, or take over a data set (demos.dataset)",
     "fetch": "start from an existing checkpoint instead of demos and sft",
     "sft": "train a policy by imitation",
     "train": "improve the policy by reinforcement learning (goes on where it was interrupted)",
@@ -48,6 +48,8 @@ EXAMPLES = """examples:
   pi0rl plan libero_10_ppo_openpi                 the memory it will take, and what would make it fit
   pi0rl doctor                                    check this machine
 """
+
+_CHECKPOINTS = "a folder, org/name@revision, models:/name/version or dvc:REPOSITORY#PATH"
 
 # Where an OSError is about the user's disk rather than our bug
 _DISK_ERRORS = {
@@ -164,7 +166,7 @@ def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
         "openpi's, LeRobot's, RLinf's or our own; --set then changes the protocol, e.g. --set episodes_per_task=10, or "
         "--set instructions=permuted to see whether the policy listens",
     )
-    group.add_argument("--checkpoint", metavar="PATH_OR_HUB", help="a folder, or a hub id org/name@revision")
+    group.add_argument("--checkpoint", metavar="PATH_OR_HUB", help=_CHECKPOINTS)
     group.add_argument("--suites", metavar="A,B", default="libero_spatial,libero_object,libero_goal,libero_10")
     group.add_argument("--protocol", default="default", help="default, openpi, lerobot or rlinf")
     group.add_argument("--split", choices=("official", "held_out"), default="official")
@@ -218,7 +220,7 @@ def _checkpoint_parser(commands: argparse._SubParsersAction) -> None:
     convert = actions.add_parser("convert", help="write it in another layout")
     _restore_parser(actions)
     for action in (inspect, convert):
-        action.add_argument("source", help="a folder, org/name@revision, models:/name/version or dvc:REPOSITORY#PATH")
+        action.add_argument("source", help=_CHECKPOINTS)
         action.add_argument("--assets", type=Path, help="folder with norm_stats.json and tokenizer, where it has none")
     convert.add_argument("target", type=Path, help="a new folder")
     convert.add_argument("--to", required=True, choices=("pi0rl", "openpi", "lerobot"))

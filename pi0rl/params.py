@@ -71,12 +71,14 @@ class DemosParams(Section):
 class FetchParams(Section):
     """An existing SFT checkpoint to start from, instead of ``demos`` and ``sft``.
 
-    ``checkpoint`` is a folder, a hub id, an MLflow URI (``models:/name/3``) or ``dvc:REPOSITORY#PATH``; ``assets`` is a
-    folder with norm_stats.json and tokenizer where it lacks them; ``sha256`` of its weights is compared where given.
+    ``checkpoint`` is a folder, a hub id, an MLflow URI (``models:/name/3``) or ``dvc:REPOSITORY#PATH``. ``revision``
+    (or ``org/name@revision``) is a commit, branch or tag; left out, it is the hub's default branch, or the files as
+    they lie in a DVC repository's folder. ``assets`` is a folder with norm_stats.json and tokenizer where it lacks
+    them. ``sha256`` of its weights is compared where given; of several files, that of the lines ``sha256sum`` prints.
     """
 
     checkpoint: str
-    revision: str = "main"
+    revision: str | None = None
     assets: str | None = None
     sha256: str | None = None
 
@@ -90,10 +92,11 @@ class SftParams(Section):
     measured just as often; ``demos_per_task`` takes the first few of every task alone. ``seed`` is the experiment's
     unless given: give it, and experiments of several seeds start from one SFT policy.
 
-    ``checkpoint`` (as ``fetch.checkpoint``) is what training starts from, with the statistics of these demonstrations;
-    left out, a tiny policy is trained from scratch. ``train_expert_only`` and ``lora_rank`` (of adapters on the VLM)
-    choose what of it is trained. ``gradient_accumulation`` parts a batch; ``ema_decay`` keeps a moving average of the
-    weights, which is what is measured and saved (openpi: 0.99); ``mixed_precision`` computes in bfloat16.
+    ``checkpoint`` (as ``fetch.checkpoint``, ``org/name@revision`` on the hub) is what training starts from, with the
+    statistics of these demonstrations; left out, a tiny policy is trained from scratch. ``train_expert_only`` and
+    ``lora_rank`` (of adapters on the VLM) choose what of it is trained. ``gradient_accumulation`` parts a batch;
+    ``ema_decay`` keeps a moving average of the weights, which is what is measured and saved (openpi: 0.99);
+    ``mixed_precision`` computes in bfloat16.
     ``augmentation: openpi`` crops, turns and recolours the images; ``image_shift`` moves them by some pixels.
     A run that was stopped goes on from where it was a multiple of ``save_interval`` steps.
 

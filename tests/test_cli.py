@@ -10,7 +10,7 @@ import pytest
 import yaml
 from projects import ROOT, call, environment, make_project
 
-from pi0rl.experiment import freeze, open_experiment
+from pi0rl.experiment import freeze, open_experiment, stage_params
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,17 @@ def test_a_frozen_experiment_has_the_same_stages(project: Path, monkeypatch: pyt
 
 def test_fetch_takes_the_place_of_demos_and_sft(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    experiment = open_experiment("quickstart", ("fetch.checkpoint=someone/pi0",), "runs/fetched")
+    (project / "tokenizer").mkdir()
+    experiment = open_experiment(
+        "quickstart", ("fetch.checkpoint=someone/pi0", "fetch.assets=tokenizer"), "runs/fetched"
+    )
     freeze(experiment)
     assert experiment.stages == ("fetch",)
-    assert yaml.safe_load(experiment.dvc_file.read_text())["stages"]["fetch"]["outs"] == ["${sft_dir}"]
+    stage = yaml.safe_load(experiment.dvc_file.read_text())["stages"]["fetch"]
+    assert stage["outs"] == ["${sft_dir}"]
+    assert stage["deps"] == ["pi0rl/stages/fetch.py", "pi0rl/policy", "tokenizer"]
+    assert {key.partition(".")[0] for key in stage_params(experiment, "fetch")} == {"fetch", "actor"}
+    assert {"fetch.assets", "actor.model.variant"} <= stage_params(experiment, "fetch").keys()
 
 
 def test_every_dependency_of_the_real_stages_exists() -> None:

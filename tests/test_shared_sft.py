@@ -13,14 +13,12 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
+from tiny_demonstrations import make_demonstrations
 from torch import Tensor
 
 from pi0rl.experiment import Experiment
-from pi0rl.libero.suites import suite_tasks
 from pi0rl.params import Params, load_params
 from pi0rl.progress import Progress
-from pi0rl.sft.assembling import assemble
-from pi0rl.sft.recording import Recording, part_name, save_part
 from pi0rl.stages import sft
 
 QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
@@ -44,20 +42,7 @@ EVERYBODY = "cluster.component_placement={'env,rollout': cpu, actor: {node_group
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise to imitate: two short episodes of every task."""
-    folder, rng, chosen = tmp_path_factory.mktemp("demos"), np.random.default_rng(0), []
-    (folder / "parts").mkdir()
-    (folder / "demos").mkdir()
-    for task in suite_tasks("libero_goal"):
-        for number in range(2):
-            state = rng.normal(size=(5, 8)).astype(np.float32)
-            images = rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8)
-            recording = Recording(True, state, np.tanh(state[:, :7]), images)
-            save_part(recording, folder / "parts" / part_name(task, number))
-        chosen.append((task, [0, 1]))
-    described = {"fingerprint": "0" * 16, "collection": {"action_noise": 0.0, "split": "official", "seed": 0}}
-    assemble(described, 64, 1, chosen, folder / "parts", folder / "demos")
-    return folder / "demos"
+    return make_demonstrations(tmp_path_factory.mktemp("demos"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,16 @@ from pi0rl.policy.foreign import load_openpi, rlinf_weights
 from pi0rl.policy.lerobot import load_lerobot
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.sources import resolve
-from pi0rl.policy.weights import SINGLE, assign, policy_tensors, read_json, read_tensors, sha256, write_safetensors
+from pi0rl.policy.weights import (
+    SINGLE,
+    assign,
+    policy_tensors,
+    read_json,
+    read_tensors,
+    sha256,
+    weight_files,
+    write_safetensors,
+)
 
 CONFIG = "config.json"
 
@@ -54,13 +65,33 @@ def layout_of(directory: Path) -> Layout:
     return "openpi" if rlinf_weights(directory) is None else "rlinf"
 
 
-def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
+def weights_of(directory: Path, layout: Layout) -> list[Path]:
+    """The files a checkpoint's weights are read from: one, or shards and heads.
+
+    Raises:
+        UserError: there are none, or one that the index names is missing.
+    """
+    rlinf = rlinf_weights(directory) if layout == "rlinf" else None
+    return weight_files(directory) if rlinf is None else [rlinf]
+
+
+def joint_digest(digests: Mapping[str, str]) -> str:
+    """One sha256 of files, given name -> sha256: the only one's; of several, that of sha256sum's lines, by name."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def load_policy(source: str | Path, assets: Path | None = None, statistics: bool = True) -> Policy:
     """Load a policy of any known layout, on the CPU, memory mapped, in the dtypes it is stored in.
 
     Args:
         source: a directory (pi0rl, openpi, RLinf or LeRobot layout), or what ``sources.resolve`` understands.
         assets: directory with norm_stats.json and tokenizer, where an openpi or RLinf checkpoint lacks them, or with
             the tokenizer, where a LeRobot checkpoint does.
+        statistics: False where the caller puts in others: openpi's, RLinf's and LeRobot's layouts need not have any,
+            as a base model has none of LIBERO, and leave them empty.
     """
     directory = resolve(str(source)).directory
     layout = layout_of(directory)
@@ -68,4 +99,5 @@ def load_policy(source: str | Path, assets: Path | None = None) -> Policy:
         return load_own(directory)
     if (directory / SIDECAR).is_file():
         return load_exported(directory)
-    return load_lerobot(directory, assets) if layout == "lerobot" else load_openpi(directory, assets)
+    load = load_lerobot if layout == "lerobot" else load_openpi
+    return load(directory, assets, statistics=statistics)

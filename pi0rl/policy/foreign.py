@@ -216,7 +216,7 @@ def _find_norm_stats(directories: list[Path]) -> Path:
     where = " or ".join(str(directory) for directory in directories)
     raise UserError(
         f"{where}: no {NORM_STATS}, without which this policy cannot act; copy it from the checkpoint it was "
-        "trained from"
+        "trained from, or train a base model on demonstrations first (sft.checkpoint)"
     )
 
 
@@ -266,12 +266,15 @@ def read_full_weights(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config | None = None) -> Policy:
+def load_openpi(
+    directory: Path, assets: Path | None = None, config: Pi0Config | None = None, statistics: bool = True
+) -> Policy:
     """A checkpoint in openpi's PyTorch layout, or the one RLinf's runner writes, on the CPU in its own dtypes.
 
     Args:
         assets: where to look for norm_stats.json and the tokenizer besides ``directory``.
         config: the architecture, where it cannot be seen in the shapes.
+        statistics: whether to read them; else they are empty, for the caller to put in.
     """
     rlinf = rlinf_weights(directory)
     source = rlinf or directory
@@ -284,7 +287,11 @@ def load_openpi(directory: Path, assets: Path | None = None, config: Pi0Config |
         config = infer_config(tensors, horizon, source)
     critic, noise = infer_heads(tensors, config, source)
     places = [directory] if assets is None else [assets, directory]
-    norms = read_norm_stats(_find_norm_stats(places), quantiles=config.pi05)
+    if statistics:
+        norms = read_norm_stats(_find_norm_stats(places), quantiles=config.pi05)
+    else:
+        empty = Normalisation("quantile" if config.pi05 else "mean_std", (), ())
+        norms = empty, empty
     tokenizer = check_vocabulary(find_tokenizer(places), config, directory)
     discrete_state_input = config.pi05 and bool(described.get("discrete_state_input"))
     processing = openpi_processing(config, tokenizer, norms, discrete_state_input)

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pi0rl.policy.checkpoints import layout_of, load_policy
+from pi0rl.policy.checkpoints import joint_digest, layout_of, load_policy, weights_of
 from pi0rl.policy.config import Pi0Config
 from pi0rl.policy.description import variant_name
-from pi0rl.policy.foreign import rlinf_weights
 from pi0rl.policy.policy import Policy
 from pi0rl.policy.processing import Normalisation, Processing
 from pi0rl.policy.sources import ORIGIN, resolve
-from pi0rl.policy.weights import read_json, sha256, weight_files
+from pi0rl.policy.weights import read_json, sha256
 
 _WIDTH = 14
 
@@ -23,14 +22,16 @@ def inspect(source: str, assets: Path | None = None) -> Iterator[str]:
     directory = resolve(source).directory
     layout = layout_of(directory)
     yield _line("layout", layout)
-    rlinf = rlinf_weights(directory)
-    files = [rlinf] if layout == "rlinf" and rlinf is not None else weight_files(directory)
-    for file in files:
-        yield _line("file", f"{file.relative_to(directory)}, {file.stat().st_size / 1e9:.3g} GB, sha256 {sha256(file)}")
+    digests = {str(file.relative_to(directory)): sha256(file) for file in weights_of(directory, layout)}
+    for name, digest in digests.items():
+        yield _line("file", f"{name}, {(directory / name).stat().st_size / 1e9:.3g} GB, sha256 {digest}")
+    if len(digests) > 1:
+        yield _line("all files", f"sha256 {joint_digest(digests)}")
     if (directory / ORIGIN).is_file():
         origin = read_json(directory / ORIGIN)
         commit = origin.get("commit") or origin.get("revision")
-        yield _line("origin", f"{origin['kind']} {origin['location']}{f' at {commit}' if commit else ''}")
+        trained = ", then trained by imitation" if origin.get("then") == "sft" else ""
+        yield _line("origin", f"{origin['kind']} {origin['location']}{f' at {commit}' if commit else ''}{trained}")
     policy = load_policy(str(directory), assets)
     yield _line("variant", variant_name(policy.config) + (", of the pi0.5 family" if policy.config.pi05 else ""))
     yield from _sizes(policy.config)

@@ -68,15 +68,17 @@ def _norm_map(step: Mapping[str, Any]) -> Mapping[str, Any]:
     return step["config"].get("norm_map") or {}
 
 
-def _normalisation(file: Path, step_name: str, kind: str, feature: str, width: int) -> Normalisation:
+def _normalisation(file: Path, step_name: str, kind: str, feature: str, width: int, statistics: bool) -> Normalisation:
     """Statistics of one feature as a pipeline's (un)normaliser applies them; method and file are the checkpoint's."""
     step = _step(file, step_name)
-    if step is None or "state_file" not in step:
+    if step is None or ("state_file" not in step and statistics):
         raise UserError(f"{file}: no step {step_name} with a state_file; this policy cannot act without its statistics")
     named = _norm_map(step).get(kind)
     if named not in _METHODS:
         raise UserError(f"{file}: norm_map.{kind} is {named}, expected one of {', '.join(_METHODS)}")
     method, *keys = _METHODS[named]
+    if not statistics:
+        return Normalisation(method, (), (), convention="lerobot")  # pyright: ignore[reportArgumentType]
     stats_file = file.parent / step["state_file"]
     if not stats_file.is_file():
         raise UserError(f"{stats_file}: not found, but {file.name} names it; download the whole checkpoint")
@@ -86,11 +88,12 @@ def _normalisation(file: Path, step_name: str, kind: str, feature: str, width: i
     return Normalisation(method, first, second, convention="lerobot")  # pyright: ignore[reportArgumentType]
 
 
-def read_normalisations(directory: Path) -> tuple[Normalisation, Normalisation]:
-    """State and action statistics of a checkpoint's processor files."""
+def read_normalisations(directory: Path, statistics: bool = True) -> tuple[Normalisation, Normalisation]:
+    """State and action statistics of a checkpoint's processor files; how they are applied alone without."""
+    before, after = directory / PREPROCESSOR, directory / POSTPROCESSOR
     return (
-        _normalisation(directory / PREPROCESSOR, "normalizer_processor", "STATE", _STATE, 8),
-        _normalisation(directory / POSTPROCESSOR, "unnormalizer_processor", "ACTION", _ACTION, ENV_ACTION_DIM),
+        _normalisation(before, "normalizer_processor", "STATE", _STATE, 8, statistics),
+        _normalisation(after, "unnormalizer_processor", "ACTION", _ACTION, ENV_ACTION_DIM, statistics),
     )
 
 
@@ -142,9 +145,11 @@ def _check_images(directory: Path, described: Mapping[str, Any]) -> None:
         )
 
 
-def lerobot_processing(directory: Path, config: Pi0Config, token_len: int, assets: Path | None = None) -> Processing:
+def lerobot_processing(
+    directory: Path, config: Pi0Config, token_len: int, assets: Path | None, statistics: bool
+) -> Processing:
     """What LeRobot's pipeline does with LIBERO's observations: torch resizing, its own statistics."""
-    state_norm, action_norm = read_normalisations(directory)
+    state_norm, action_norm = read_normalisations(directory, statistics)
     return Processing(
         image_size=config.vision.image_size,
         state_dim=config.state_dim,
@@ -161,12 +166,15 @@ def lerobot_processing(directory: Path, config: Pi0Config, token_len: int, asset
     )
 
 
-def load_lerobot(directory: Path, assets: Path | None = None, config: Pi0Config | None = None) -> Policy:
+def load_lerobot(
+    directory: Path, assets: Path | None = None, config: Pi0Config | None = None, statistics: bool = True
+) -> Policy:
     """A checkpoint of LeRobot's ``pi0`` or ``pi05``, on the CPU in its own dtypes.
 
     Args:
         assets: where to look for the tokenizer besides ``directory``: older checkpoints do not hold theirs.
         config: the architecture, where it cannot be seen in the shapes.
+        statistics: whether to read them; else they are empty, for the caller to put in.
     """
     file = directory / "config.json"
     described = read_json(file)
@@ -197,7 +205,7 @@ def load_lerobot(directory: Path, assets: Path | None = None, config: Pi0Config 
     if config is None:
         config = replace(infer_config(tensors, horizon, directory), max_token_len=length)
     with torch.device("meta"):
-        policy = Policy(config, lerobot_processing(directory, config, length, assets))
+        policy = Policy(config, lerobot_processing(directory, config, length, assets, statistics))
     assign(policy, tensors, directory)
     return policy
 

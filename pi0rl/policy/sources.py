@@ -13,7 +13,8 @@ from pi0rl.policy.weights import read_json, sha256
 
 ORIGIN = "origin.json"
 Kind = Literal["directory", "hub", "mlflow", "dvc"]
-_HUB = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")
+_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.*))?")
+_REVISION = re.compile(r"[\w./-]+")
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
 _DVC = "dvc:"
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*full_weights.pt")
@@ -27,7 +28,8 @@ class Source:
     Attributes:
         directory: where they are.
         kind, location: how they were found, and under what name.
-        revision: the one asked for; commit: the one it stood for, where the source has commits.
+        revision: the one asked for, None for the default; commit: the one it stood for, None where the source has no
+            commits or it is the files as they lie in a DVC repository's folder.
     """
 
     directory: Path
@@ -52,30 +54,47 @@ def origin_of(source: Source, layout: str) -> dict[str, Any]:
     }
 
 
-def resolve(source: str, revision: str | None = None) -> Source:
+def resolve(source: str, revision: str | None = None, default_branch: bool = False) -> Source:
     """The files of ``source``, downloaded if need be.
 
     Args:
         source: a directory; ``org/name@revision`` on the hub; an MLflow URI (``models:/name/3``, ``runs:/id/path``);
             ``dvc:REPOSITORY#PATH`` (the repository a folder or git URL).
-        revision: of a hub id or DVC repository, instead of one after ``@``.
+        revision: of a hub id, instead of one after ``@``, or of a DVC repository; left out, the files as they lie in
+            its folder, or a git URL's default branch.
+        default_branch: whether a hub id may do without revision: for those who record the commit.
 
     Raises:
-        UserError: it is not there, or not reachable; says what is missing and where to put it.
+        UserError: it is not there, or not reachable; says what is missing and where to put it. Two revisions, or one of
+            what has none.
     """
-    if Path(source).is_dir():
-        return Source(Path(source), "directory", source)
     if source.startswith(_DVC):
         return _from_dvc(source, revision)
-    if source.startswith(_MLFLOW):
-        return _from_mlflow(source)
-    match = _HUB.fullmatch(f"{source}@{revision}" if revision and "@" not in source else source)
-    if match is None:
+    unversioned = Path(source).is_dir() or source.startswith(_MLFLOW)
+    if unversioned and revision is not None:
+        raise UserError(
+            f"{source}: revision {revision} is given, but a folder or MLflow URI has none; leave the revision out"
+        )
+    if unversioned:
+        return _from_mlflow(source) if source.startswith(_MLFLOW) else Source(Path(source), "directory", source)
+    match = _HUB.fullmatch(source)
+    if match is None or (revision is None and match[2] is None and not default_branch):
         raise UserError(
             f"{source}: no such checkpoint directory; expected a directory, a hub id org/name@revision, an MLflow URI "
             "models:/name/version or dvc:REPOSITORY#PATH"
         )
-    return _from_hub(match[1], match[2])
+    if revision is not None and match[2] not in (None, revision):
+        raise UserError(
+            f"{source}: revision {match[2]} in the name, but revision {revision} is given too; leave one of them out"
+        )
+    return _from_hub(match[1], match[2] if revision is None else revision)
+
+
+def print_if_moving(source: Source, pin: str) -> None:
+    """A line where a branch or tag was asked for: the commit it stood for, and ``pin``, which asks for that one."""
+    if source.commit is not None and source.commit != source.revision:
+        asked = "the default branch" if source.revision is None else f"revision {source.revision}"
+        print(f"{source.location}: {asked} is now commit {source.commit}; to get the same again, set {pin}", flush=True)
 
 
 def verify_hub_files(directory: Path) -> None:
@@ -96,31 +115,42 @@ def hub_dataset(source: str) -> Path:
         UserError: no hub id, not there, or not reachable; says what is missing and where to put it.
     """
     match = _HUB.fullmatch(source)
-    if match is None:
+    if match is None or match[2] is None:
         raise UserError(f"{source}: no such folder; expected one, or a hub id org/name@revision of a data set")
     return _snapshot(match[1], match[2], "dataset", None)
 
 
-def _from_hub(name: str, revision: str) -> Source:
+def _from_hub(name: str, revision: str | None) -> Source:
     directory = _snapshot(name, revision, "model", list(_PATTERNS))
     return Source(directory, "hub", name, revision, commit=directory.name)
 
 
-def _snapshot(name: str, revision: str, kind: Literal["model", "dataset"], patterns: list[str] | None) -> Path:
+def _snapshot(name: str, revision: str | None, kind: Literal["model", "dataset"], patterns: list[str] | None) -> Path:
+    """The hub's files at ``revision``, the default branch where that is None."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    asked = name if revision is None else f"{name}@{revision}"
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UserError(
+            f"{asked}: revision {revision!r}, expected a branch, tag or commit (a word of letters, digits, . _ - /)"
+        )
     try:
         directory = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise UserError(f"{name}@{revision}: gated on the hub; accept its terms there and set HF_TOKEN") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        option = " --repo-type dataset" if kind == "dataset" else ""
+    except HFValidationError as error:
         raise UserError(
-            f"{name}@{revision}: not in the local cache and not available from the hub ({reason}); check id and "
-            f"revision, or where there is a network run 'hf download {name}{option} --revision {revision} --local-dir "
-            "DIR', copy DIR here and name it instead"
+            f"{asked}: no such folder and not a hub id ({_first_line(error)}); expected a folder that is there, or "
+            "org/name@revision"
+        ) from error
+    except GatedRepoError as error:
+        raise UserError(f"{asked}: gated on the hub; accept its terms there and set HF_TOKEN") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        options = " --repo-type dataset" if kind == "dataset" else ""
+        options += "" if revision is None else f" --revision {revision}"
+        raise UserError(
+            f"{asked}: no such folder, not in the hub's local cache and not available from the hub "
+            f"({_first_line(error)}); check id and revision, or where there is a network run 'hf download "
+            f"{name}{options} --local-dir DIR', copy DIR here and name it instead"
         ) from error
     verify_hub_files(directory)
     return directory
@@ -133,10 +163,9 @@ def _from_mlflow(uri: str) -> Source:
     try:
         downloaded = Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{uri}: not available from MLflow ({reason}); set MLFLOW_TRACKING_URI, or copy the model's folder "
-            "here and name that"
+            f"{uri}: not available from MLflow ({_first_line(error)}); set MLFLOW_TRACKING_URI, or copy the model's "
+            "folder here and name that"
         ) from error
     return Source(_only_checkpoint(downloaded, uri), "mlflow", uri)
 
@@ -151,20 +180,23 @@ def _from_dvc(source: str, revision: str | None) -> Source:
     try:
         directory, commit = _dvc_download(repository, path, revision)
     except (DvcException, SCMError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{source}: not available from DVC ({reason}); check repository, path and revision, or run dvc pull in it "
-            "and name the folder"
+            f"{source}: not available from DVC ({_first_line(error)}); check repository, path and revision, or run "
+            "dvc pull in it and name the folder"
         ) from error
     return Source(_only_checkpoint(directory, source), "dvc", source, revision, commit)
 
 
 def _dvc_download(repository: str, path: str, revision: str | None) -> tuple[Path, str | None]:
-    """Fetch ``path`` into the user's cache, under its repository and commit."""
+    """Fetch ``path`` into the user's cache, under its repository and commit.
+
+    Without revision, a folder's files are what they are now: no commit need hold them.
+    """
     from dvc.api import DVCFileSystem
+    from dvc.fs import GitFileSystem
 
     files = DVCFileSystem(url=repository, rev=revision)
-    commit = files.repo.get_rev() if files.repo.scm else None
+    commit = files.repo.get_rev() if isinstance(files.repo.fs, GitFileSystem) else None
     place = re.sub(r"[^\w.-]+", "-", f"{repository}-{commit or 'workspace'}-{path}").strip("-")
     target = Path.home() / ".cache/pi0rl/dvc" / place
     with replace_directory(target) as temporary:
@@ -184,3 +216,7 @@ def _only_checkpoint(directory: Path, source: str) -> Path:
         names = ", ".join(str(folder.relative_to(directory)) for folder in found[:3])
         raise UserError(f"{source}: several checkpoints ({names}); name one of them")
     return top
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

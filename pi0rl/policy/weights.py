@@ -41,8 +41,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold the weights: one, the shards of an index, or whatever shards lie there."""
+def _network_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the network: one, the shards of an index, or whatever shards lie there."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
@@ -56,15 +56,18 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith(_NOT_WEIGHTS))
 
 
-def read_safetensors(directory: Path) -> dict[str, Tensor]:
-    """All weights of ``directory`` (one file or shards, and heads stored beside them), memory mapped."""
-    files = weight_files(directory)
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of the network and of heads stored beside them; a UserError where there are none."""
+    files = _network_files(directory)
     if not files:
         raise UserError(_no_weights(directory))
-    if (directory / HEADS).is_file():
-        files.append(directory / HEADS)
+    return [*files, directory / HEADS] if (directory / HEADS).is_file() else files
+
+
+def read_safetensors(directory: Path) -> dict[str, Tensor]:
+    """All weights of ``directory`` (one file or shards, and heads stored beside them), memory mapped."""
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(directory):
         for name, tensor in read_tensors(file).items():
             if name in tensors:
                 raise UserError(f"{file}: weight {name} is in another shard too; remove the stale file")

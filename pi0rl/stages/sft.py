@@ -26,13 +26,13 @@ from pi0rl.files import replace_directory
 from pi0rl.libero.plan import evaluation_plan
 from pi0rl.libero.suites import suite_tasks
 from pi0rl.params import Params
-from pi0rl.policy.checkpoints import load_policy
+from pi0rl.policy.checkpoints import layout_of, load_policy
 from pi0rl.policy.config import TINY
 from pi0rl.policy.description import check_variant
 from pi0rl.policy.lora import LoraConfig, with_lora
 from pi0rl.policy.policy import Policy, create_policy, with_heads
 from pi0rl.policy.processing import Normalisation, Processing, tiny_processing
-from pi0rl.policy.sources import resolve
+from pi0rl.policy.sources import ORIGIN, Source, origin_of, print_if_moving, resolve
 from pi0rl.progress import Progress
 from pi0rl.rl.update import Team
 from pi0rl.sft.demonstrations import Demonstrations, load, normalisation, read_card, split
@@ -46,9 +46,10 @@ def run(experiment: Experiment) -> None:
     params, sft, demos = experiment.params, experiment.params.sft, experiment.stage_dir("demos")
     target = experiment.stage_dir("sft")
     unfinished = target.with_name(f".{target.name}.training.partial")
-    kind = _kind(params, read_card(demos))
+    start, origin = _start(params)
+    kind = _kind(params, read_card(demos), origin)
     with (
-        _begun(params, demos) as (training, room),
+        _begun(params, demos, start) as (training, room),
         replace_directory(target) as folder,
         _playing(params, training, room, folder) as played,
     ):
@@ -68,6 +69,8 @@ def run(experiment: Experiment) -> None:
             if sft.save_interval is not None and step.step % sft.save_interval == 0:
                 training.save_state(unfinished, kind, rows)
         training.save(folder / "policy", params.actor.model.precision or ("fp32" if sft.checkpoint is None else None))
+        if origin is not None:
+            (folder / "policy" / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
         pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
     unfinished.unlink(missing_ok=True)
 
@@ -77,18 +80,30 @@ def _seed(params: Params) -> int:
     return params.sft.seed
 
 
+def _start(params: Params) -> tuple[Source | None, dict[str, Any] | None]:
+    """The checkpoint to start from, found once for all processes, and what is recorded of it; None from scratch."""
+    if params.sft.checkpoint is None:
+        return None, None
+    source = resolve(params.sft.checkpoint, default_branch=True)
+    if source.kind == "hub":
+        print_if_moving(source, f"sft.checkpoint: {source.location}@{source.commit}")
+    return source, origin_of(source, layout_of(source.directory)) | {"then": "sft"}
+
+
 @contextmanager
-def _begun(params: Params, demos: Path) -> Iterator[tuple[Training | SharedTraining, Reservation | None]]:
+def _begun(
+    params: Params, demos: Path, start: Source | None
+) -> Iterator[tuple[Training | SharedTraining, Reservation | None]]:
     """The training at its start; where several processes share it, with the room in which they do."""
     if _processes(params) == 1:
-        yield _begin(params, demos, params.sft.device, None), None
+        yield _begin(params, demos, start, params.sft.device, None), None
         return
     plays = params.sft.target_success is not None
     with ray_session(params.cluster, params.env.eval.workers):
         placement = resolve_placement(params.cluster, gpus_per_node())
         components: tuple[Component, ...] = ("env", "rollout", "actor") if plays else ("actor",)
         with Reservation(placement, params.env.eval.workers, components) as room:
-            yield SharedTraining(partial(_begin, params, demos), room), room
+            yield SharedTraining(partial(_begin, params, demos, start), room), room
 
 
 def _processes(params: Params) -> int:
@@ -104,11 +119,13 @@ def _processes(params: Params) -> int:
     return len(resolve_placement(alone, (gpus,) * cluster.num_nodes).seats("actor"))
 
 
-def _begin(params: Params, demos: Path, device: str, team: Team | None) -> Training:
+def _begin(params: Params, demos: Path, start: Source | None, device: str, team: Team | None) -> Training:
     sft = params.sft
     demonstrations, held_out = split(load(demos), sft.demos_per_task, sft.val_demos_per_task)
-    start = _from_scratch if sft.checkpoint is None else _from_checkpoint
-    policy = start(params, demonstrations).to(device)
+    if start is None:
+        policy = _from_scratch(params, demonstrations).to(device)
+    else:
+        policy = _from_checkpoint(params, start, demonstrations).to(device)
     policy = with_lora(policy, None if sft.lora_rank is None else LoraConfig(sft.lora_rank, _seed(params)))
     policy.trainable_parameters(sft.train_expert_only)
     torch.set_num_threads(sft.num_threads)
@@ -127,13 +144,11 @@ def _from_scratch(params: Params, demonstrations: Demonstrations) -> Policy:
     return create_policy(TINY, tiny_processing(TINY, state_norm, action_norm, prompts), _seed(params))
 
 
-def _from_checkpoint(params: Params, demonstrations: Demonstrations) -> Policy:
-    """The checkpoint without heads, with these demonstrations' statistics and what is to be trained chosen."""
-    sft = params.sft
-    assert sft.checkpoint is not None
-    source = resolve(sft.checkpoint)
-    policy = load_policy(source.directory)
-    check_variant(policy.config, params.actor.model.variant, source.location)
+def _from_checkpoint(params: Params, start: Source, demonstrations: Demonstrations) -> Policy:
+    """The checkpoint without heads and with these demonstrations' statistics; it need not have any of its own."""
+    here = start if start.directory.is_dir() else resolve(start.location, start.commit)  # another node fetches its own
+    policy = load_policy(here.directory, statistics=False)
+    check_variant(policy.config, params.actor.model.variant, start.location)
     policy = with_heads(policy, None, None, _seed(params))
     policy.processing = _renormalised(policy.processing, demonstrations, policy.config.action_horizon)
     return policy
@@ -194,11 +209,12 @@ def _playing(
     shutil.rmtree(snapshot)
 
 
-def _kind(params: Params, card: dict[str, Any]) -> str:
+def _kind(params: Params, card: dict[str, Any], origin: dict[str, Any] | None) -> str:
     """What a saved state has to agree with to be gone on from."""
-    described = [
+    described: list[Any] = [
         params.sft.model_dump(mode="json", exclude={"save_interval"}),
         params.actor.model.model_dump(mode="json"),
     ]
+    described += [] if origin is None else [origin["sha256"]]
     text = json.dumps([*described, _processes(params), params.suites, card["fingerprint"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
