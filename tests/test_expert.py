@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pi0rl.libero.expert import Expert
 from pi0rl.libero.plan import Split, init_states
 from pi0rl.libero.simulation import Simulation
 from pi0rl.libero.suites import suite_tasks
-from pi0rl.sft.collection import collect, parts_fingerprint
+from pi0rl.sft.collection import ROUNDS, collect, parts_fingerprint, shuffled_episodes
 from pi0rl.sft.demonstrations import load
 from pi0rl.sft.recording import BURST_PERIOD, BURST_STEPS, Collection
 
@@ -146,6 +147,15 @@ def test_load_refuses_damaged_and_foreign_sets(collected: Path, tmp_path: Path) 
         (images / path.name).write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="truncated or edited"):
         load(tmp_path)
+
+
+def test_disturbed_every_init_state_makes_several_episodes() -> None:
+    task = suite_tasks("libero_object")[0]
+    once, again = (shuffled_episodes(replace(SMALL, action_noise=noise), task) for noise in (0.0, 0.5))
+    assert sorted(once) == [0, 1, 2]
+    assert again[:3] == once
+    assert sorted(again) == list(range(3 * ROUNDS))
+    assert sorted(SMALL.init_state_id(number) for number in again[3:6]) == [0, 1, 2]
 
 
 def runs(process: str) -> bool:

@@ -69,7 +69,7 @@ def _checked_tasks(collection: Collection) -> list[Task]:
 
 def _play_until_enough(pool: WorkerPool, collection: Collection, tasks: Sequence[Task]) -> list[tuple[Task, list[int]]]:
     """The numbers of the successful episodes of every task."""
-    orders = [_shuffled_episodes(collection, task) for task in tasks]
+    orders = [shuffled_episodes(collection, task) for task in tasks]
     tried = [0] * len(tasks)
     successes: list[list[int]] = [[] for _ in tasks]
     while True:
@@ -97,7 +97,7 @@ def _rounds(collection: Collection) -> int:
     return ROUNDS if collection.action_noise else 1
 
 
-def _shuffled_episodes(collection: Collection, task: Task) -> list[int]:
+def shuffled_episodes(collection: Collection, task: Task) -> list[int]:
     """Episode numbers, as :meth:`Collection.init_state_id` reads them: one round after the other, each shuffled."""
     rng = np.random.default_rng([collection.seed, SUITES.index(task.suite), task.task_id])
     first, last = collection.init_state_ids
