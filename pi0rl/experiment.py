@@ -188,7 +188,8 @@ def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
     if frozen:
         del stages["resolve"]  # there the params file is what a person gave, not something made from params/
     dataset = params.demos.dataset
-    for stage, source in (("demos", dataset and dataset.source), ("sft", params.sft.checkpoint)):
+    read = (("demos", dataset and dataset.source), ("sft", params.sft.checkpoint), ("sft", params.sft.assets))
+    for stage, source in read:
         if source is not None and Path(source).exists():
             stages[stage] = {**stages[stage], "deps": [*stages[stage]["deps"], source]}
     return stages if params.fetch is None else _fetching(stages, params.fetch)

@@ -89,14 +89,15 @@ class SftParams(Section):
     With ``target_success`` the success on official init states is measured every ``val_check_interval`` steps from
     ``val_check_start`` on, and imitation ends as soon as it is reached: a mediocre start for RL, whatever the seed.
     With ``val_demos_per_task`` the last demonstrations of every task are not learned from, and the loss on them is
-    measured just as often; ``demos_per_task`` takes the first few of every task alone. ``seed`` is the experiment's
+    measured just as often (they may begin where others do, in disturbed sets with more episodes than init states);
+    ``demos_per_task`` takes the first few of every task alone. ``seed`` is the experiment's
     unless given: give it, and experiments of several seeds start from one SFT policy.
 
     ``checkpoint`` (as ``fetch.checkpoint``, ``org/name@revision`` on the hub) is what training starts from, with the
-    statistics of these demonstrations; left out, a tiny policy is trained from scratch. ``train_expert_only`` and
-    ``lora_rank`` (of adapters on the VLM) choose what of it is trained. ``gradient_accumulation`` parts a batch;
-    ``ema_decay`` keeps a moving average of the weights, which is what is measured and saved (openpi: 0.99);
-    ``mixed_precision`` computes in bfloat16.
+    statistics of these demonstrations, and with the tokenizer in the folder ``assets`` where it lacks one; left out, a
+    tiny policy is trained from scratch. ``train_expert_only`` and ``lora_rank`` (of adapters on the VLM) choose what of
+    it is trained. ``gradient_accumulation`` parts a batch; ``ema_decay`` keeps a moving average of the weights, which
+    is what is measured and saved (openpi: 0.99); ``mixed_precision`` computes in bfloat16.
     ``augmentation: openpi`` crops, turns and recolours the images; ``image_shift`` moves them by some pixels.
     A run that was stopped goes on from where it was a multiple of ``save_interval`` steps.
 
@@ -106,6 +107,7 @@ class SftParams(Section):
 
     seed: NonNegative | None = None
     checkpoint: str | None = None
+    assets: str | None = None
     demos_per_task: Positive | None = None
     val_demos_per_task: NonNegative = 0
     steps: Positive = 1000
@@ -423,7 +425,8 @@ class Params(Section):
                 f"sft.gradient_accumulation {self.sft.gradient_accumulation} parts of sft.batch_size "
                 f"{self.sft.batch_size}: expected at most one part per sample"
             )
-        if self.sft.checkpoint is None and (self.sft.train_expert_only or self.sft.lora_rank is not None):
+        scratch = self.fetch is None and self.sft.checkpoint is None
+        if scratch and (self.sft.train_expert_only or self.sft.lora_rank is not None):
             raise ValueError(
                 "sft.train_expert_only and sft.lora_rank leave the weights of sft.checkpoint as they are, and none is "
                 "named: without it training begins at random weights, all of which have to be trained"

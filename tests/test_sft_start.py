@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -153,3 +153,29 @@ def test_a_start_is_named_as_in_fetch(demos: Path, tmp_path: Path, monkeypatch: 
     for name in ("someone/pi0", "someone/pi0@main"):
         with pytest.raises(UserError, match=rf"^{name}: no such folder, not in the hub's local cache"):
             train(demos, tmp_path, name)
+
+
+def test_a_saved_state_is_of_one_start_and_left_with_a_word(
+    demos: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What changes no byte of the policy, as the interval at which it is saved, keeps the state's kind."""
+
+    def kind(*overrides: str, origin: dict[str, Any] | None = None) -> str:
+        return sft._kind(load_params(QUICKSTART, (*SMALL, *overrides)), {"fingerprint": "f"}, origin)
+
+    assert kind() == kind("sft.save_interval=7") != kind("sft.batch_size=8")
+    digests = [{"sha256": {"model.safetensors": digest}} for digest in ("a", "b")]
+    assert len({kind(), *(kind(origin=origin) for origin in digests)}) == 3
+
+    state = tmp_path / ".sft.training.partial"
+    torch.save({"kind": "another", "rows": [{}], "training": {}}, state)
+    train(demos, tmp_path, base)
+    assert f"{state} was saved with other params" in capsys.readouterr().out
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(("target", "success", "reached"), [(0.5, 0.4, False), (0.5, 0.5, True), (0.0, 0.0, True)])
+def test_training_ends_where_the_success_wanted_is_reached(target: float, success: float, reached: bool) -> None:
+    params = load_params(QUICKSTART, (f"sft.target_success={target}",))
+    assert sft._reached(params, [{"sft/success_once": success}]) is reached
+    assert sft._reached(params, [{}]) is sft._reached(params, []) is False

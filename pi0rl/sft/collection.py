@@ -54,16 +54,18 @@ def _checked_tasks(collection: Collection) -> list[Task]:
     first, last = collection.init_state_ids
     if not 0 <= first < last:
         raise UserError(f"demos.init_state_ids [{first}, {last}]: expected the first and one past the last, as [0, 50]")
-    if _rounds(collection) * (last - first) < collection.episodes_per_task:
+    available = _rounds(collection) * (last - first)
+    if available < collection.episodes_per_task:
+        more = "" if collection.action_noise else f", or set demos.action_noise: then a state makes up to {ROUNDS}"
         raise UserError(
-            f"demos: {collection.episodes_per_task} episodes per task out of {last - first} init states; "
-            f"widen init_state_ids, ask for fewer, or set action_noise: then a state makes up to {ROUNDS} episodes"
+            f"demos: {collection.episodes_per_task} episodes per task out of {available} from {last - first} init "
+            f"states; widen demos.init_state_ids, ask for fewer{more}"
         )
     tasks = [task for suite in collection.suites for task in suite_tasks(suite)]
     for task in tasks:
-        available = len(init_states(task, collection.split))
-        if last > available:
-            raise UserError(f"demos.init_state_ids up to {last}: {task.suite} task {task.task_id} has only {available}")
+        states = len(init_states(task, collection.split))
+        if last > states:
+            raise UserError(f"demos.init_state_ids up to {last}: {task.suite} task {task.task_id} has only {states}")
     return tasks
 
 

@@ -80,7 +80,9 @@ class Imitation:
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=params.lr, betas=(0.9, 0.95), weight_decay=params.weight_decay
         )
-        self._average = None if params.ema_decay is None else self._weights()
+        self._average = None
+        if params.ema_decay is not None:  # in float32, in which small steps are not rounded away
+            self._average = [weight.detach().to(torch.float32, copy=True) for weight in self._trained]
         self._order, self._taken = np.empty(0, np.int64), 0
         policy.train()
 
@@ -119,7 +121,7 @@ class Imitation:
         if self._average is None:
             yield
             return
-        current = self._weights()
+        current = [weight.detach().clone() for weight in self._trained]
         self._put(self._average)
         try:
             yield
@@ -189,10 +191,6 @@ class Imitation:
             for average, weight in zip(self._average, self._trained, strict=True):
                 average.lerp_(weight.float(), 1 - self._params.ema_decay)
 
-    def _weights(self) -> list[Tensor]:
-        """A copy in float32, in which small steps of an average are not rounded away."""
-        return [weight.detach().to(torch.float32, copy=True) for weight in self._trained]
-
     @torch.no_grad()
     def _put(self, weights: Sequence[Tensor]) -> None:
         for weight, value in zip(self._trained, weights, strict=True):
@@ -224,15 +222,21 @@ def learnable_looks(demonstrations: Demonstrations, horizon: int) -> np.ndarray:
     In the others the expert answers disturbances that nobody could see coming at the look: who imitates them trembles.
 
     Raises:
-        UserError: between two disturbances there is no time for H actions, so that only ends of episodes were left.
+        UserError: between two disturbances there is no time for H actions, so that only ends of episodes were left; or
+            these demonstrations have none.
     """
     looks = demonstrations.looks
     undisturbed = np.count_nonzero(demonstrations.disturbed[_windows(demonstrations, horizon)], axis=1) == 0
     between = BURST_PERIOD - BURST_STEPS
-    if demonstrations.disturbed.any() and (horizon > between or not undisturbed[looks].any()):
+    if demonstrations.disturbed.any() and horizon > between:
         raise UserError(
             f"demonstrations: disturbed by demos.action_noise, with {between} steps between two disturbances; a policy "
             f"that predicts {horizon} actions needs others: collect them with demos.action_noise: 0"
+        )
+    if len(looks) and not undisturbed[looks].any():
+        raise UserError(
+            f"demonstrations: of {len(looks)} looks none is followed by {horizon} undisturbed steps; use more "
+            "episodes, or a smaller demos.image_stride"
         )
     return looks[undisturbed[looks]]
 

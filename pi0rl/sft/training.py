@@ -72,18 +72,11 @@ class Training:
         written.replace(path)
 
     def go_on(self, path: Path, kind: str) -> list[Row]:
-        """The curve so far of a training of the same kind that was stopped, whose state is taken over; else empty.
-
-        A state of another kind is of no use any more: a line says so.
-        """
+        """The curve so far of a training of the same kind that was stopped, whose state is taken over; else empty."""
         if not path.is_file():
             return []
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if saved["kind"] != kind:
-            step = len(saved["rows"])
-            print(
-                f"sft: params or demonstrations have changed since step {step}, where {path} was saved; starting anew"
-            )
             return []
         self._imitation.restore(saved["training"])
         return saved["rows"]

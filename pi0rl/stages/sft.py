@@ -46,14 +46,21 @@ def run(experiment: Experiment) -> None:
     params, sft, demos = experiment.params, experiment.params.sft, experiment.stage_dir("demos")
     target = experiment.stage_dir("sft")
     unfinished = target.with_name(f".{target.name}.training.partial")
+    card = read_card(demos)
     start, origin = _start(params)
-    kind = _kind(params, read_card(demos), origin)
+    kind = _kind(params, card, origin)
     with (
         _begun(params, demos, start) as (training, room),
         replace_directory(target) as folder,
         _playing(params, training, room, folder) as played,
     ):
         rows = training.go_on(unfinished, kind)
+        if not rows and unfinished.is_file():
+            print(
+                f"sft: {unfinished} was saved with other params, demonstrations, checkpoint or number of processes, or "
+                "by another version; starting anew",
+                flush=True,
+            )
         progress = Progress("sft", sft.steps, "step", training.done)
         while training.done < sft.steps and not _reached(params, rows):
             step = training.step()
@@ -146,8 +153,11 @@ def _from_scratch(params: Params, demonstrations: Demonstrations) -> Policy:
 
 def _from_checkpoint(params: Params, start: Source, demonstrations: Demonstrations) -> Policy:
     """The checkpoint without heads and with these demonstrations' statistics; it need not have any of its own."""
-    here = start if start.directory.is_dir() else resolve(start.location, start.commit)  # another node fetches its own
-    policy = load_policy(here.directory, statistics=False)
+    # Another node fetches its own. Only the hub's client can tell a whole download from a folder that is half there.
+    whole = start.kind != "hub" and start.directory.is_dir()
+    here = start if whole else resolve(start.location, start.commit)
+    assets = None if params.sft.assets is None else Path(params.sft.assets)
+    policy = load_policy(here.directory, assets, statistics=False)
     check_variant(policy.config, params.actor.model.variant, start.location)
     policy = with_heads(policy, None, None, _seed(params))
     policy.processing = _renormalised(policy.processing, demonstrations, policy.config.action_horizon)
