@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.files import replace_directory
 from pi0rl.policy.weights import read_json, sha256
 
@@ -139,7 +139,7 @@ def _snapshot(name: str, revision: str | None, kind: Literal["model", "dataset"]
         directory = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(
-            f"{asked}: no such folder and not a hub id ({_first_line(error)}); expected a folder that is there, or "
+            f"{asked}: no such folder and not a hub id ({first_line(error)}); expected a folder that is there, or "
             "org/name@revision"
         ) from error
     except GatedRepoError as error:
@@ -149,7 +149,7 @@ def _snapshot(name: str, revision: str | None, kind: Literal["model", "dataset"]
         options += "" if revision is None else f" --revision {revision}"
         raise UserError(
             f"{asked}: no such folder, not in the hub's local cache and not available from the hub "
-            f"({_first_line(error)}); check id and revision, or where there is a network run 'hf download "
+            f"({first_line(error)}); check id and revision, or where there is a network run 'hf download "
             f"{name}{options} --local-dir DIR', copy DIR here and name it instead"
         ) from error
     verify_hub_files(directory)
@@ -164,7 +164,7 @@ def _from_mlflow(uri: str) -> Source:
         downloaded = Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"{uri}: not available from MLflow ({_first_line(error)}); set MLFLOW_TRACKING_URI, or copy the model's "
+            f"{uri}: not available from MLflow ({first_line(error)}); set MLFLOW_TRACKING_URI, or copy the model's "
             "folder here and name that"
         ) from error
     return Source(_only_checkpoint(downloaded, uri), "mlflow", uri)
@@ -181,7 +181,7 @@ def _from_dvc(source: str, revision: str | None) -> Source:
         directory, commit = _dvc_download(repository, path, revision)
     except (DvcException, SCMError, OSError) as error:
         raise UserError(
-            f"{source}: not available from DVC ({_first_line(error)}); check repository, path and revision, or run "
+            f"{source}: not available from DVC ({first_line(error)}); check repository, path and revision, or run "
             "dvc pull in it and name the folder"
         ) from error
     return Source(_only_checkpoint(directory, source), "dvc", source, revision, commit)
@@ -216,7 +216,3 @@ def _only_checkpoint(directory: Path, source: str) -> Path:
         names = ", ".join(str(folder.relative_to(directory)) for folder in found[:3])
         raise UserError(f"{source}: several checkpoints ({names}); name one of them")
     return top
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.sft.demonstrations import ACTION_DIM, FPS, file_digest
 from pi0rl.sft.sources import SourceEpisode
 
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
                 raise KeyError("data is no group")
             yield file["data"]
     except (OSError, KeyError) as error:
-        reason = str(error).strip("'\"").splitlines()[0]
+        reason = first_line(error).strip("'\"")  # the quotes that a KeyError puts around its text
         raise UserError(
             f"{path}: truncated, or not a file of LIBERO's demonstrations ({reason}); download it again"
         ) from error
