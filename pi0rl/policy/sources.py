@@ -70,13 +70,13 @@ def resolve(source: str, revision: str | None = None, default_branch: bool = Fal
     """
     if source.startswith(_DVC):
         return _from_dvc(source, revision)
-    unversioned = Path(source).is_dir() or source.startswith(_MLFLOW)
-    if unversioned and revision is not None:
-        raise UserError(
-            f"{source}: revision {revision} is given, but a folder or MLflow URI has none; leave the revision out"
-        )
-    if unversioned:
-        return _from_mlflow(source) if source.startswith(_MLFLOW) else Source(Path(source), "directory", source)
+    mlflow = source.startswith(_MLFLOW)
+    if mlflow or Path(source).is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{source}: revision {revision} is given, but a folder or MLflow URI has none; leave the revision out"
+            )
+        return _from_mlflow(source) if mlflow else Source(Path(source), "directory", source)
     match = _HUB.fullmatch(source)
     if match is None or (revision is None and match[2] is None and not default_branch):
         raise UserError(
