@@ -143,6 +143,32 @@ def test_a_set_from_the_hub_is_recorded_with_its_commit(
     assert "license" not in readme
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/name@main", "org/name@main"),
+        ("/somebody/sets/name", "name"),
+        ("sets/name", "name"),
+        ("../name@2", "name@2"),
+        (".", "here"),
+        ("..", "above"),
+    ],
+)
+def test_a_card_without_a_commit_says_where_its_set_is_from(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str
+) -> None:
+    """Of the hub, as it was named there; of a folder, its name alone."""
+    (tmp_path / "above/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above/here")
+    shutil.copytree(own, tmp_path / "demos")
+    card = json.loads((own / "dataset.json").read_text())
+    del card["collection"]
+    card |= {"import": {"source": source}, "source": {}}
+    (tmp_path / "demos/dataset.json").write_text(json.dumps(card))
+    export(tmp_path / "demos", tmp_path / "exported")
+    assert f"Taken over from `{name}`." in (tmp_path / "exported/README.md").read_text()
+
+
 def test_what_was_taken_is_said(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import_demonstrations(request(copy, episodes_per_task=1), tmp_path / "one")
     assert capsys.readouterr().err.endswith("; took 1 of 2 episodes per task (demos.episodes_per_task)\n")

@@ -13,7 +13,7 @@ from pi0rl.policy.weights import read_json, sha256
 
 ORIGIN = "origin.json"
 Kind = Literal["directory", "hub", "mlflow", "dvc"]
-_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.*))?")
+_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(.*))?")
 _REVISION = re.compile(r"[\w./-]+")
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
 _DVC = "dvc:"
@@ -108,16 +108,22 @@ def verify_hub_files(directory: Path) -> None:
             )
 
 
+def names_hub_revision(source: str) -> bool:
+    """Whether it is of the form ``org/name@revision``; a folder's name might be as well."""
+    match = _HUB.fullmatch(source)
+    return match is not None and match[2] is not None
+
+
 def hub_dataset(source: str) -> Path:
     """The files of a data set ``org/name@revision`` on the hub, downloaded if need be.
 
     Raises:
         UserError: no hub id, not there, or not reachable; says what is missing and where to put it.
     """
-    match = _HUB.fullmatch(source)
-    if match is None or match[2] is None:
+    if not names_hub_revision(source):
         raise UserError(f"{source}: no such folder; expected one, or a hub id org/name@revision of a data set")
-    return _snapshot(match[1], match[2], "dataset", None)
+    name, _, revision = source.partition("@")
+    return _snapshot(name, revision, "dataset", None)
 
 
 def _from_hub(name: str, revision: str | None) -> Source:
