@@ -485,6 +485,14 @@ HDF5: dict[str, tuple[Callable[[h5py.Group], None], str]] = {
         replaced("demo_0/obs/gripper_states", [0.0] * 6),
         r"demo_0/obs/gripper_states has shape \[6\], expected LIBERO's \[6, 2\]",
     ),
+    "words for actions": (
+        replaced("demo_0/actions", [[b"a"] * 7] * 6),
+        "demo_0/actions holds object, expected numbers; download",
+    ),
+    "named actions": (
+        replaced("demo_0/actions", np.zeros((6, 7), [("x", "f4")])),
+        r"demo_0/actions holds \[\('x', '<f4'\)\], expected numbers; download",
+    ),
     "too few looks": (
         replaced("demo_0/obs/agentview_rgb", np.zeros((5, 16, 16, 3), np.uint8)),
         r"demo_0/obs/agentview_rgb has shape \[5, 16, 16, 3\], expected LIBERO's \[6, any, any, 3\]",
