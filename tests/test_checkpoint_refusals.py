@@ -196,7 +196,14 @@ LEROBOT = {
         edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"].clear()),
         "norm_map.STATE is None, expected one of MEAN_STD, QUANTILES",
     ),
-    "no normaliser": (edited("policy_preprocessor.json", lambda p: p["steps"].clear()), "no step normalizer_processor"),
+    "no normaliser": (
+        edited("policy_preprocessor.json", lambda p: p["steps"].clear()),
+        "no step normalizer_processor, which says how values are normalised; download the whole",
+    ),
+    "no state_file": (
+        edited("policy_preprocessor.json", lambda p: p["steps"][0].pop("state_file")),
+        "step normalizer_processor has no state_file; this policy cannot act without its statistics",
+    ),
     "other method": (
         edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"]["norm_map"].update(STATE="MIN_MAX")),
         "norm_map.STATE is MIN_MAX, expected one of MEAN_STD, QUANTILES",
