@@ -187,8 +187,8 @@ def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
     stages = _read_yaml(root / "dvc.yaml")["stages"]
     if frozen:
         del stages["resolve"]  # there the params file is what a person gave, not something made from params/
-    dataset = params.demos.dataset
-    for stage, source in (("demos", dataset and dataset.source), ("sft", params.sft.checkpoint)):
+    dataset, start = params.demos.dataset, params.sft.checkpoint
+    for stage, source in (("demos", dataset and dataset.source), ("sft", start and _files_of(start))):
         if source is not None and Path(source).exists():
             stages[stage] = {**stages[stage], "deps": [*stages[stage]["deps"], source]}
     return stages if params.fetch is None else _fetching(stages, params.fetch)
@@ -196,7 +196,8 @@ def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
 
 def _fetching(stages: dict[str, Any], fetched: FetchParams) -> dict[str, Any]:
     """``stages`` with ``fetch`` in place of ``demos`` and ``sft``: an existing checkpoint to start from."""
-    named = dict.fromkeys(path for path in (fetched.checkpoint, fetched.assets) if path is not None)
+    checkpoint = _files_of(fetched.checkpoint, fetched.revision)
+    named = dict.fromkeys(path for path in (checkpoint, fetched.assets) if path is not None)
     fetch = {
         "cmd": "pi0rl fetch ${experiment}",
         "deps": ["pi0rl/stages/fetch.py", "pi0rl/policy", *(path for path in named if Path(path).exists())],
@@ -204,6 +205,14 @@ def _fetching(stages: dict[str, Any], fetched: FetchParams) -> dict[str, Any]:
         "outs": stages["sft"]["outs"],
     }
     return {"fetch": fetch} | {name: stage for name, stage in stages.items() if name not in ("demos", "sft")}
+
+
+def _files_of(checkpoint: str, revision: str | None = None) -> str:
+    """The path of files that are read as they lie: FOLDER/PATH for ``dvc:FOLDER#PATH``, else what is given."""
+    repository, _, path = checkpoint.removeprefix("dvc:").partition("#")
+    if not checkpoint.startswith("dvc:") or not path or revision is not None:
+        return checkpoint
+    return str(Path(repository, path.lstrip("/")))
 
 
 def _params_file(root: Path, name_or_path: str) -> Path:
