@@ -17,7 +17,7 @@ from test_policy_checkpoints import write_lerobot, write_openpi
 from tiny_policies import make_policy
 from torch import Tensor
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.foreign import NORM_STATS, load_openpi
 from pi0rl.policy.lerobot import load_lerobot
@@ -278,3 +278,8 @@ def test_own_checkpoints_are_verified(tmp_path: Path) -> None:
     edited("config.json", lambda c: c["model"]["vision"].update(width="wide"))(tmp_path / "good")
     refused(load_policy, tmp_path / "good", "vision")
     refused(load_policy, tmp_path / "nowhere", "no such checkpoint directory; expected a directory, a hub id")
+
+
+def test_other_libraries_errors_are_quoted_in_one_line() -> None:
+    assert first_line(ValueError("\nwhy\nwhere")) == "why"
+    assert first_line(EOFError()) == "EOFError"
