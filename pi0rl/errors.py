@@ -1,4 +1,4 @@
-"""The one exception type whose message is meant for the user."""
+"""The one exception type whose message is meant for the user, and other people's errors in one line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class WorkerFailed(UserError):
     """A worker process died, fell silent, or raised what it should not: what it was playing may be played again."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, to be quoted inside one line; its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

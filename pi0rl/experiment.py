@@ -187,17 +187,20 @@ def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
     stages = _read_yaml(root / "dvc.yaml")["stages"]
     if frozen:
         del stages["resolve"]  # there the params file is what a person gave, not something made from params/
-    dataset = params.demos.dataset
-    read = (("demos", dataset and dataset.source), ("sft", params.sft.checkpoint), ("sft", params.sft.assets))
-    for stage, source in read:
-        if source is not None and Path(source).exists():
-            stages[stage] = {**stages[stage], "deps": [*stages[stage]["deps"], source]}
+    dataset, start = params.demos.dataset, params.sft.checkpoint
+    for stage, read in (
+        ("demos", (dataset and dataset.source,)),
+        ("sft", (start and _files_of(start), params.sft.assets)),
+    ):
+        here = [path for path in dict.fromkeys(read) if path is not None and Path(path).exists()]
+        stages[stage] = {**stages[stage], "deps": [*stages[stage]["deps"], *here]}
     return stages if params.fetch is None else _fetching(stages, params.fetch)
 
 
 def _fetching(stages: dict[str, Any], fetched: FetchParams) -> dict[str, Any]:
     """``stages`` with ``fetch`` in place of ``demos`` and ``sft``: an existing checkpoint to start from."""
-    named = dict.fromkeys(path for path in (fetched.checkpoint, fetched.assets) if path is not None)
+    checkpoint = _files_of(fetched.checkpoint, fetched.revision)
+    named = dict.fromkeys(path for path in (checkpoint, fetched.assets) if path is not None)
     fetch = {
         "cmd": "pi0rl fetch ${experiment}",
         "deps": ["pi0rl/stages/fetch.py", "pi0rl/policy", *(path for path in named if Path(path).exists())],
@@ -205,6 +208,14 @@ def _fetching(stages: dict[str, Any], fetched: FetchParams) -> dict[str, Any]:
         "outs": stages["sft"]["outs"],
     }
     return {"fetch": fetch} | {name: stage for name, stage in stages.items() if name not in ("demos", "sft")}
+
+
+def _files_of(checkpoint: str, revision: str | None = None) -> str:
+    """The path of files that are read as they lie: FOLDER/PATH for ``dvc:FOLDER#PATH``, else what is given."""
+    repository, _, path = checkpoint.removeprefix("dvc:").partition("#")
+    if not checkpoint.startswith("dvc:") or not path or revision is not None:
+        return checkpoint
+    return str(Path(repository, path.lstrip("/")))
 
 
 def _params_file(root: Path, name_or_path: str) -> Path:

@@ -17,7 +17,7 @@ from test_policy_checkpoints import write_lerobot, write_openpi
 from tiny_policies import make_policy
 from torch import Tensor
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.foreign import NORM_STATS, load_openpi
 from pi0rl.policy.lerobot import load_lerobot
@@ -196,7 +196,14 @@ LEROBOT = {
         edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"].clear()),
         "norm_map.STATE is None, expected one of MEAN_STD, QUANTILES",
     ),
-    "no normaliser": (edited("policy_preprocessor.json", lambda p: p["steps"].clear()), "no step normalizer_processor"),
+    "no normaliser": (
+        edited("policy_preprocessor.json", lambda p: p["steps"].clear()),
+        "no step normalizer_processor, which says how values are normalised; download the whole",
+    ),
+    "no state_file": (
+        edited("policy_preprocessor.json", lambda p: p["steps"][0].pop("state_file")),
+        "step normalizer_processor has no state_file; this policy cannot act without its statistics",
+    ),
     "other method": (
         edited("policy_preprocessor.json", lambda p: p["steps"][0]["config"]["norm_map"].update(STATE="MIN_MAX")),
         "norm_map.STATE is MIN_MAX, expected one of MEAN_STD, QUANTILES",
@@ -271,3 +278,8 @@ def test_own_checkpoints_are_verified(tmp_path: Path) -> None:
     edited("config.json", lambda c: c["model"]["vision"].update(width="wide"))(tmp_path / "good")
     refused(load_policy, tmp_path / "good", "vision")
     refused(load_policy, tmp_path / "nowhere", "no such checkpoint directory; expected a directory, a hub id")
+
+
+def test_other_libraries_errors_are_quoted_in_one_line() -> None:
+    assert first_line(ValueError("\nwhy\nwhere")) == "why"
+    assert first_line(EOFError()) == "EOFError"

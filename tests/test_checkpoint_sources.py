@@ -56,23 +56,28 @@ def test_the_stage_records_the_origin_and_compares_digest_and_variant(policy: Pa
 
 
 def test_a_digest_is_of_all_shards(policy: Path, tmp_path: Path) -> None:
-    """What ``sha256sum model-*.safetensors | sha256sum`` says; a file of statistics is none of the weights."""
+    """What ``sha256sum`` says of its own lines; heads belong to the weights, a file of statistics does not."""
     shards = tmp_path / "shards"
     shards.mkdir()
     tensors = sorted(load_file(policy / "model.safetensors").items())
     for number, part in enumerate((tensors[:9], tensors[9:])):
         save_file(dict(part), shards / f"model-{number}.safetensors")
     save_file({"mean": tensors[0][1]}, shards / "policy_preprocessor_0.safetensors")
-    command = "sha256sum model-*.safetensors | sha256sum"
-    wanted = subprocess.run(command, shell=True, cwd=shards, check=True, capture_output=True, text=True).stdout.split()[
-        0
-    ]
+
+    def summed(files: str) -> str:
+        command = f"(LC_ALL=C; sha256sum {files} | sha256sum)"
+        return subprocess.run(command, shell=True, cwd=shards, check=True, capture_output=True, text=True).stdout[:64]
+
+    wanted = summed("model-*.safetensors")
     one = sha256(shards / "model-0.safetensors")
     with pytest.raises(UserError, match=rf"expected {one}, got {wanted} \(of the 2 weight files together\)"):
         fetch.run(experiment(tmp_path, checkpoint=str(shards), sha256=one))
     with pytest.raises(UserError, match=r"vision width is 128"):  # the digest is right, the network of no size we know
         fetch.run(experiment(tmp_path, checkpoint=str(shards), sha256=wanted))
     assert any(wanted in line for line in itertools.islice(inspect(str(shards)), 4))
+    save_file({"value_head.bias": tensors[0][1]}, shards / "pi0rl_heads.safetensors")
+    wanted = summed("model-*.safetensors pi0rl_heads.safetensors")
+    assert any(wanted in line for line in itertools.islice(inspect(str(shards)), 5))
 
 
 @pytest.mark.parametrize(

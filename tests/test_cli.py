@@ -99,6 +99,34 @@ def test_fetch_takes_the_place_of_demos_and_sft(project: Path, monkeypatch: pyte
     assert {"fetch.assets", "actor.model.variant"} <= stage_params(experiment, "fetch").keys()
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "dependencies"),
+    [
+        ("fetch", ("fetch.checkpoint=dvc:../other#runs/policy",), ["../other/runs/policy"]),
+        ("fetch", ("fetch.checkpoint=dvc:OTHER#/runs/policy",), ["OTHER/runs/policy"]),
+        ("sft", ("sft.checkpoint=dvc:.#own",), ["own"]),
+        ("fetch", ("fetch.checkpoint=dvc:../other#runs/policy", "fetch.revision=main"), []),  # the files of a commit
+        ("fetch", ("fetch.checkpoint=dvc:file://OTHER#runs/policy",), []),  # those of the default branch
+        ("fetch", ("fetch.checkpoint=dvc:../other#runs/remote",), []),  # not checked out
+        ("fetch", ("fetch.checkpoint=dvc:../other",), []),  # refused by the stage
+    ],
+)
+def test_files_as_they_lie_in_a_dvc_repository_are_dependencies(
+    project: Path, monkeypatch: pytest.MonkeyPatch, stage: str, settings: tuple[str, ...], dependencies: list[str]
+) -> None:
+    monkeypatch.chdir(project)
+    other = project.parent / "other"
+    for folder in (other / "runs/policy", project / "own"):
+        folder.mkdir(parents=True, exist_ok=True)
+    experiment = open_experiment(
+        "quickstart", tuple(setting.replace("OTHER", str(other)) for setting in settings), "runs/from-dvc"
+    )
+    freeze(experiment)
+    found = yaml.safe_load(experiment.dvc_file.read_text())["stages"][stage]["deps"]
+    own = ("pi0rl/stages/fetch.py", "pi0rl/policy", "${demos_dir}")
+    assert [dep for dep in found if dep not in own] == [dep.replace("OTHER", str(other)) for dep in dependencies]
+
+
 def test_every_dependency_of_the_real_stages_exists() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     named = {dep for stage in stages.values() for dep in stage["deps"] if "$" not in dep}

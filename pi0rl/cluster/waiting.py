@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from pi0rl import errors
 from pi0rl.errors import UserError, WorkerFailed
 
 # A chunk takes seconds, the first one of a task builds its models; an update of the full model may take an hour.
@@ -67,8 +68,7 @@ def fetch_all(refs: list[Any], what: str, seconds: float = WAIT_SECONDS) -> list
 
 def first_line(error: BaseException) -> str:
     """What happened, without the traceback that Ray puts into the text of an error."""
-    cause = _root(error)
-    return next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
+    return errors.first_line(_root(error))
 
 
 def _root(error: BaseException) -> BaseException:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.policy.config import Pi0Config, TransformerConfig, VisionConfig
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.policy import Policy
@@ -253,10 +253,9 @@ def read_full_weights(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{file}: not a plain file of tensors, truncated or with code in it, so nothing was run ({reason}); "
-            "copy it again, or save its state dict as safetensors where you trust it"
+            f"{file}: not a plain file of tensors, truncated or with code in it, so nothing was run "
+            f"({first_line(error)}); copy it again, or save its state dict as safetensors where you trust it"
         ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"{file}: expected a dictionary of tensors, got {type(tensors).__name__}; is it RLinf's?")

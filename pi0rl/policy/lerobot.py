@@ -71,8 +71,15 @@ def _norm_map(step: Mapping[str, Any]) -> Mapping[str, Any]:
 def _normalisation(file: Path, step_name: str, kind: str, feature: str, width: int, statistics: bool) -> Normalisation:
     """Statistics of one feature as a pipeline's (un)normaliser applies them; method and file are the checkpoint's."""
     step = _step(file, step_name)
-    if step is None or ("state_file" not in step and statistics):
-        raise UserError(f"{file}: no step {step_name} with a state_file; this policy cannot act without its statistics")
+    if step is None:
+        raise UserError(
+            f"{file}: no step {step_name}, which says how values are normalised; download the whole checkpoint"
+        )
+    if statistics and "state_file" not in step:
+        raise UserError(
+            f"{file}: step {step_name} has no state_file; this policy cannot act without its statistics, take them "
+            "from its training run"
+        )
     named = _norm_map(step).get(kind)
     if named not in _METHODS:
         raise UserError(f"{file}: norm_map.{kind} is {named}, expected one of {', '.join(_METHODS)}")

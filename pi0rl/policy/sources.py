@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.files import replace_directory
 from pi0rl.policy.weights import read_json, sha256
 
 ORIGIN = "origin.json"
 Kind = Literal["directory", "hub", "mlflow", "dvc"]
-_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.*))?")
+_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(.*))?")
 _REVISION = re.compile(r"[\w./-]+")
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
 _DVC = "dvc:"
@@ -70,13 +70,13 @@ def resolve(source: str, revision: str | None = None, default_branch: bool = Fal
     """
     if source.startswith(_DVC):
         return _from_dvc(source, revision)
-    unversioned = Path(source).is_dir() or source.startswith(_MLFLOW)
-    if unversioned and revision is not None:
-        raise UserError(
-            f"{source}: revision {revision} is given, but a folder or MLflow URI has none; leave the revision out"
-        )
-    if unversioned:
-        return _from_mlflow(source) if source.startswith(_MLFLOW) else Source(Path(source), "directory", source)
+    mlflow = source.startswith(_MLFLOW)
+    if mlflow or Path(source).is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{source}: revision {revision} is given, but a folder or MLflow URI has none; leave the revision out"
+            )
+        return _from_mlflow(source) if mlflow else Source(Path(source), "directory", source)
     match = _HUB.fullmatch(source)
     if match is None or (revision is None and match[2] is None and not default_branch):
         raise UserError(
@@ -108,16 +108,22 @@ def verify_hub_files(directory: Path) -> None:
             )
 
 
+def names_hub_revision(source: str) -> bool:
+    """Whether it is of the form ``org/name@revision``; a folder's name might be as well."""
+    match = _HUB.fullmatch(source)
+    return match is not None and match[2] is not None
+
+
 def hub_dataset(source: str) -> Path:
     """The files of a data set ``org/name@revision`` on the hub, downloaded if need be.
 
     Raises:
         UserError: no hub id, not there, or not reachable; says what is missing and where to put it.
     """
-    match = _HUB.fullmatch(source)
-    if match is None or match[2] is None:
+    if not names_hub_revision(source):
         raise UserError(f"{source}: no such folder; expected one, or a hub id org/name@revision of a data set")
-    return _snapshot(match[1], match[2], "dataset", None)
+    name, _, revision = source.partition("@")
+    return _snapshot(name, revision, "dataset", None)
 
 
 def _from_hub(name: str, revision: str | None) -> Source:
@@ -139,7 +145,7 @@ def _snapshot(name: str, revision: str | None, kind: Literal["model", "dataset"]
         directory = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(
-            f"{asked}: no such folder and not a hub id ({_first_line(error)}); expected a folder that is there, or "
+            f"{asked}: no such folder and not a hub id ({first_line(error)}); expected a folder that is there, or "
             "org/name@revision"
         ) from error
     except GatedRepoError as error:
@@ -149,7 +155,7 @@ def _snapshot(name: str, revision: str | None, kind: Literal["model", "dataset"]
         options += "" if revision is None else f" --revision {revision}"
         raise UserError(
             f"{asked}: no such folder, not in the hub's local cache and not available from the hub "
-            f"({_first_line(error)}); check id and revision, or where there is a network run 'hf download "
+            f"({first_line(error)}); check id and revision, or where there is a network run 'hf download "
             f"{name}{options} --local-dir DIR', copy DIR here and name it instead"
         ) from error
     verify_hub_files(directory)
@@ -164,7 +170,7 @@ def _from_mlflow(uri: str) -> Source:
         downloaded = Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"{uri}: not available from MLflow ({_first_line(error)}); set MLFLOW_TRACKING_URI, or copy the model's "
+            f"{uri}: not available from MLflow ({first_line(error)}); set MLFLOW_TRACKING_URI, or copy the model's "
             "folder here and name that"
         ) from error
     return Source(_only_checkpoint(downloaded, uri), "mlflow", uri)
@@ -181,7 +187,7 @@ def _from_dvc(source: str, revision: str | None) -> Source:
         directory, commit = _dvc_download(repository, path, revision)
     except (DvcException, SCMError, OSError) as error:
         raise UserError(
-            f"{source}: not available from DVC ({_first_line(error)}); check repository, path and revision, or run "
+            f"{source}: not available from DVC ({first_line(error)}); check repository, path and revision, or run "
             "dvc pull in it and name the folder"
         ) from error
     return Source(_only_checkpoint(directory, source), "dvc", source, revision, commit)
@@ -216,7 +222,3 @@ def _only_checkpoint(directory: Path, source: str) -> Path:
         names = ", ".join(str(folder.relative_to(directory)) for folder in found[:3])
         raise UserError(f"{source}: several checkpoints ({names}); name one of them")
     return top
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

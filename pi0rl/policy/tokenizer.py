@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.policy.action_tokens import bins
 
 PAD_ID = 0
@@ -118,9 +118,8 @@ class HuggingFaceTokenizer:
         try:
             return FastTokenizer.from_str(self.definition)
         except Exception as error:  # the library raises nothing more specific
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"tokenizer.json is not a tokenizer ({reason}), truncated or foreign; fetch it again"
+                f"tokenizer.json is not a tokenizer ({first_line(error)}), truncated or foreign; fetch it again"
             ) from error
 
     @property

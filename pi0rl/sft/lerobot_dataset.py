@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.libero.video import decode
 from pi0rl.sft.demonstrations import ACTION_DIM, STATE_DIM, file_digest, matrix
 from pi0rl.sft.sources import SourceEpisode
@@ -246,7 +246,7 @@ def _read_table(
             raise UserError(f"{path}: no column {lacking[0]}; it has {has}; download the data set again")
         table = pq.read_table(path, columns=None if columns is None else list(columns), filters=filters)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: truncated or not Parquet ({_first_line(error)}); download the file again") from error
+        raise UserError(f"{path}: truncated or not Parquet ({first_line(error)}); download the file again") from error
     if columns is None:
         return table
     return pa.table({name: _cast(path, name, table[name], kind) for name, kind in columns.items()})
@@ -259,7 +259,7 @@ def _cast(path: Path, name: str, column: pa.ChunkedArray, kind: pa.DataType) -> 
         return column.cast(kind)
     except pa.ArrowException as error:
         raise UserError(
-            f"{path}: column {name} is {column.type}, expected {kind} ({_first_line(error)}); download the data set "
+            f"{path}: column {name} is {column.type}, expected {kind} ({first_line(error)}); download the data set "
             "again"
         ) from error
 
@@ -280,8 +280,4 @@ def _pictures(where: str, column: pa.ChunkedArray) -> np.ndarray:
     try:
         return np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in cells])
     except (OSError, SyntaxError, ValueError) as error:  # a picture cut off, PNG chunks that are broken, other sizes
-        raise UserError(f"{where}: pictures cannot be read ({_first_line(error)}); download the file again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{where}: pictures cannot be read ({first_line(error)}); download the file again") from error

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pi0rl.errors import UserError
 from pi0rl.files import replace_directory
 from pi0rl.libero.video import LEARNED_FROM, encode
+from pi0rl.policy.sources import names_hub_revision
 from pi0rl.progress import Progress
 from pi0rl.sft import demonstrations as layout
 from pi0rl.sft.lerobot_dataset import ACTION_KEYS, BASE_KEYS, DISTURBED, INFO, STATE_KEYS, TASKS, WRIST_KEYS
@@ -259,7 +260,9 @@ def _origin(card: dict[str, Any]) -> str:
     made = card.get("collection")
     if made is None:
         source = card["import"]["source"]
-        return f"Taken over from `{source if 'commit' in card['source'] else Path(source).name}`."
+        # cards have not always had the commit of a set from the hub; `.` and `..` have a name only as whole paths
+        from_hub = "commit" in card["source"] or names_hub_revision(source)
+        return f"Taken over from `{source if from_hub else Path(source).resolve().name}`."
     noise = f" with action noise {made['action_noise']:g} (labels without)" if made["action_noise"] else ""
     return f"Played by pi0rl's scripted expert{noise} from {made['split']} init states, seed {made['seed']}."
 

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pi0rl.errors import UserError
+from pi0rl.errors import UserError, first_line
 from pi0rl.sft.demonstrations import ACTION_DIM, FPS, file_digest
 from pi0rl.sft.sources import SourceEpisode
 
@@ -52,7 +52,7 @@ class LiberoHdf5:
                 _check_conventions(path, demos)
                 names = _names(path, demos)
                 for name in names:
-                    _check_shapes(path, name, demos[name])
+                    _check_arrays(path, name, demos[name])
                 self._places += [(path, name) for name in names]
                 instructions += [instruction] * len(names)
         self.instructions = tuple(instructions)
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
                 raise KeyError("data is no group")
             yield file["data"]
     except (OSError, KeyError) as error:
-        reason = str(error).strip("'\"").splitlines()[0]
+        reason = first_line(error).strip("'\"")  # the quotes that a KeyError puts around its text
         raise UserError(
             f"{path}: truncated, or not a file of LIBERO's demonstrations ({reason}); download it again"
         ) from error
@@ -96,12 +96,15 @@ def _names(path: Path, demos: h5py.Group) -> list[str]:
     return sorted(demos, key=lambda name: int(name.removeprefix("demo_")))
 
 
-def _check_shapes(path: Path, name: str, demo: h5py.Group) -> None:
+def _check_arrays(path: Path, name: str, demo: h5py.Group) -> None:
     steps = None
     for key, shape in SHAPES.items():
-        found = getattr(demo.get(key), "shape", None) if isinstance(demo, h5py.Group) else None  # a group has none
-        if found is None:
+        values = demo.get(key) if isinstance(demo, h5py.Group) else None
+        if not isinstance(values, h5py.Dataset) or values.shape is None:
             raise UserError(f"{path}: {name} has no {key}, expected LIBERO's {', '.join(SHAPES)}; download it again")
+        if values.dtype.kind not in "fiu":
+            raise UserError(f"{path}: {name}/{key} holds {values.dtype}, expected numbers; download the file again")
+        found = values.shape
         steps = found[0] if steps is None and found else steps
         wanted = (steps, *shape)
         if len(found) != len(wanted) or any(b not in (a, None) for a, b in zip(found, wanted, strict=True)):

@@ -34,7 +34,8 @@ class Request:
     """What the command line asks for.
 
     Attributes:
-        checkpoint: a folder (own, openpi, RLinf or LeRobot layout), or a hub id ``org/name@revision``.
+        checkpoint: a folder (own, openpi, RLinf or LeRobot layout), a hub id ``org/name@revision``, an MLflow URI or
+            ``dvc:REPOSITORY#PATH``.
         suites: to play, any of LIBERO's and LIBERO-PRO's.
         protocol, overrides: the exam.
         split: which init states.

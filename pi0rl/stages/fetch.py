@@ -18,7 +18,10 @@ def run(experiment: Experiment) -> None:
     """Load it in any layout, save it as our own in ``actor.model.precision``, and record where it is from."""
     fetch = experiment.params.fetch
     if fetch is None:
-        raise UserError("fetch: the params name no checkpoint; set fetch.checkpoint to a folder or a hub id")
+        raise UserError(
+            "fetch: the params name no checkpoint; set fetch.checkpoint to a folder, org/name, models:/name/version or "
+            "dvc:REPOSITORY#PATH"
+        )
     source = resolve(fetch.checkpoint, fetch.revision, default_branch=True)
     in_name = source.kind == "hub" and "@" in fetch.checkpoint
     print_if_moving(

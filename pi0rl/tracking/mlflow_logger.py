@@ -31,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
+from pi0rl.errors import first_line
 from pi0rl.experiment import Experiment
 from pi0rl.params import params_hash
 from pi0rl.provenance import commit, versions
@@ -125,7 +126,7 @@ class MlflowLogger:
             action(self._client)
         except FAILURES as error:
             if not self._complained:
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                reason = first_line(error)[:200]
                 print(f"MLflow at {self._uri} cannot be used, going on without it: {reason}", file=sys.stderr)
             self._complained = True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from mlflow import MlflowClient
 
+from pi0rl.errors import first_line
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
 from pi0rl.provenance import commit
@@ -63,5 +64,5 @@ def finish_sweep(folder: Path, point: Experiment, report: Path | None, failed: i
 
 
 def _complain(point: Experiment, error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)[:200]
     print(f"MLflow at {tracking_uri(point.root)} cannot be used, going on without it: {reason}", file=sys.stderr)
