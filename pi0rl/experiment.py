@@ -193,7 +193,8 @@ def _project_stages(root: Path, params: Params, frozen: bool) -> dict[str, Any]:
         ("sft", (start and _files_of(start), params.sft.assets)),
     ):
         here = [path for path in dict.fromkeys(read) if path is not None and Path(path).exists()]
-        stages[stage] = {**stages[stage], "deps": [*stages[stage]["deps"], *here]}
+        if here:
+            stages[stage] = {**stages[stage], "deps": [*stages[stage].get("deps", ()), *here]}
     return stages if params.fetch is None else _fetching(stages, params.fetch)
 
 

@@ -100,7 +100,7 @@ def _check_arrays(path: Path, name: str, demo: h5py.Group) -> None:
     steps = None
     for key, shape in SHAPES.items():
         values = demo.get(key) if isinstance(demo, h5py.Group) else None
-        if not isinstance(values, h5py.Dataset) or values.shape is None:
+        if values is None or not isinstance(values, h5py.Dataset) or values.shape is None:
             raise UserError(f"{path}: {name} has no {key}, expected LIBERO's {', '.join(SHAPES)}; download it again")
         if values.dtype.kind not in "fiu":
             raise UserError(f"{path}: {name}/{key} holds {values.dtype}, expected numbers; download the file again")
