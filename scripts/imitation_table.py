@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pi0rl.evaluation.statistics import wilson_interval
+from pi0rl.report.tables import SuiteResult, suite_cell, summarise
 
 REPORTS = Path(__file__).parents[1] / "reports"
 COLUMNS = {
@@ -17,31 +17,25 @@ COLUMNS = {
 }
 
 
-def score(folder: Path) -> str:
-    """Success, counts and 95 % Wilson interval of an evaluation's folder; a dash where there is none."""
+def evaluated(folder: Path) -> str:
+    """What is in the folder of an evaluation; a dash where there is none."""
     if not folder.is_dir():
         return "–"
-    success = pd.read_parquet(folder / "episodes.parquet")["success_once"]
-    return share(int(success.sum()), len(success))
-
-
-def share(k: int, n: int) -> str:
-    low, high = wilson_interval(k, n)
-    return f"{k / n:.1%} ({k}/{n}) [{low:.1%}, {high:.1%}]"
+    (row,) = summarise(pd.read_parquet(folder / "episodes.parquet")).rows
+    return suite_cell(row)
 
 
 def quickstart() -> str:
     """The few-shot policy of libero_object is the one that the quickstart's RL starts from."""
     rows = json.loads((REPORTS / "quickstart" / "results.json").read_text())["rows"]
-    entry = next(row for row in rows if row["policy"] == "sft")
-    return share(entry["k"], entry["n"])
+    return suite_cell(next(SuiteResult(**row) for row in rows if row["policy"] == "sft"))
 
 
 def table() -> str:
     """The whole table in Markdown."""
     lines = [f"| suite | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
-        scores = {kind: score(REPORTS / "imitation" / f"{suite}_{kind}") for kind in COLUMNS}
+        scores = {kind: evaluated(REPORTS / "imitation" / f"{suite}_{kind}") for kind in COLUMNS}
         if suite == "libero_object":
             scores["tiny"] = quickstart()
         lines.append(f"| {suite} | {' | '.join(scores.values())} |")
