@@ -14,7 +14,7 @@ EXPERIMENT ?= quickstart
 # DVC starts the stages as `pi0rl ...`
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart serve mlflow setup doctor docs lint types test test-slow lock clean
+.PHONY: quickstart serve mlflow setup doctor docs lint types browser test test-slow lock clean
 
 quickstart: $(STAMP)
 	pi0rl run $(EXPERIMENT) $(foreach override,$(SET),--set $(override)) $(if $(OUTPUT),--output $(OUTPUT))
@@ -45,10 +45,13 @@ lint: $(STAMP)
 types: $(STAMP)
 	pyright
 
-test: lint types
+browser: $(STAMP)
+	scripts/setup browser
+
+test: lint types browser
 	pytest -m "not slow"
 
-test-slow: lint types
+test-slow: lint types browser
 	pytest
 
 # After changing a pin in pyproject.toml: install it, then write down what it pulled in
