@@ -2,9 +2,10 @@
 
     python -m benchmarks.expert                          # the four suites, 20 init states of both splits
     python -m benchmarks.expert --suites libero_90 --states 2 --split official
+    python -m benchmarks.expert --suites libero_90 --states 2 --split official --first-task 55   # cut off before it
 
-Writes benchmarks/results/expert.json and expert.md after every task; suites and splits that are not asked for keep the
-results of the last run. The expert sees no pictures, so an episode takes about half a second of one core.
+Writes benchmarks/results/expert.json and expert.md after every task; what is not asked for keeps the results of the
+last run. The expert sees no pictures, so an episode takes about half a second of one core.
 """
 
 from __future__ import annotations
@@ -154,9 +155,13 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=DEFAULT_SUITES, choices=SUITES, metavar="SUITE")
     parser.add_argument("--states", type=int, default=20, help="init states per task and split")
     parser.add_argument("--split", nargs="+", default=list(get_args(Split)), choices=get_args(Split))
+    parser.add_argument("--first-task", type=int, default=0, help="the task of each suite to begin with")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files")
     arguments = parser.parse_args()
-    units = [(task, split) for suite in arguments.suites for task in suite_tasks(suite) for split in arguments.split]
+    tasks = [task for suite in arguments.suites for task in suite_tasks(suite) if task.task_id >= arguments.first_task]
+    units = [(task, split) for task in tasks for split in arguments.split]
+    if not units:
+        parser.error(f"--first-task {arguments.first_task}: {', '.join(arguments.suites)} has no such task")
     results, table = load(arguments.output / "expert.json"), ""
     progress = Progress("expert", len(units), "task")
     for done, (task, split) in enumerate(units, start=1):
