@@ -155,6 +155,49 @@ def test_failures_are_played_again_for_their_videos(tmp_path: Path) -> None:
     pd.testing.assert_series_equal(table["final_state"], plain["final_state"])
 
 
+@pytest.mark.parametrize(
+    ("dies", "says"),
+    [
+        (False, "evaluate noise: 2 of 2 failures went another way when filmed; they have no video"),
+        (True, "evaluate noise: 2 failures could not be filmed: an env worker died"),
+    ],
+)
+def test_filming_a_failure_changes_no_outcome(
+    dies: bool, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def open_fickle(replan_steps: int) -> Iterator[Play]:
+        """All fail, and all would succeed if they were played again."""
+
+        def play(
+            rows: Sequence[Episode],
+            seed: int,
+            record: frozenset[int],
+            on_results: Callable[[Sequence[EpisodeResult]], None],
+        ) -> None:
+            if record and dies:
+                raise WorkerFailed("an env worker died")
+            again = bool(record)
+            for row in rows:
+                on_results([EpisodeResult(row.index, again, 8, f"{again}", failure="" if again else "timeout")])
+
+        yield play
+
+    @contextmanager
+    def open_nothing(replan_steps: int) -> Iterator[Play]:
+        raise WorkerFailed("no worker starts")
+        yield
+
+    journal, recording = Journal(tmp_path, "one"), Recording(failures_per_kind=2)
+    examine(EXAM, "noise", open_fickle, journal, recording)
+    assert says in capsys.readouterr().err
+    examine(EXAM, "noise", open_nothing, journal, recording)  # the same command once more: all outcomes are known
+    table = episode_table(Journal(tmp_path, "one").rows("noise"), ["noise"])
+    require_complete(table, EXAM.planned())
+    assert not table["success_once"].any()
+    assert set(table["video"]) == {""}
+
+
 def test_a_journal_of_another_evaluation_is_dropped_and_errors_are_tried_again(tmp_path: Path) -> None:
     row = dict.fromkeys(EPISODE_COLUMNS, "") | {"policy": "sft", "split": "official", "seed": 0, "index": 3}
     journal = Journal(tmp_path / "parts", "one")
