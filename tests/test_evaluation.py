@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +359,35 @@ def test_evaluations_of_one_protocol_are_compared_episode_by_episode(
     first, second = capsys.readouterr().err.splitlines()
     assert "different exams share no table" in first
     assert "no evaluation.json, expected a folder that `pi0rl evaluate --checkpoint ...` has written" in second
+
+
+def _lacks(key: str, folder: Path) -> None:
+    path = folder / "evaluation.json"
+    described = json.loads(path.read_text())
+    (described if key in described else described["protocol"]).pop(key)
+    path.write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "evaluation.json").write_text('{"pro'), "evaluation.json: not readable as JSON"),
+        (partial(_lacks, "protocol"), "evaluation.json: no 'protocol', expected protocol, suites, splits, seeds"),
+        (partial(_lacks, "hash"), "evaluation.json: not this version's protocol ('hash'); evaluate again"),
+        (lambda folder: (folder / "episodes.parquet").write_bytes(b"PAR1"), "parquet: not readable as Parquet"),
+        (
+            lambda folder: pd.DataFrame({"split": [0]}).to_parquet(folder / "episodes.parquet"),
+            "episodes.parquet: no column 'policy'",
+        ),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(
+    damage: Callable[[Path], object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(_evaluated(tmp_path / "damaged", 0.3))
+    assert main(["compare", str(_evaluated(tmp_path / "whole", 0.3)), str(tmp_path / "damaged")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_task_without_any_outcome_supports_no_conclusion(tmp_path: Path) -> None:
