@@ -156,7 +156,10 @@ class RolloutParams(Section):
 
 
 class VideoParams(Section):
-    """Episode videos; ``info_on_video`` draws task, step, reward and success on the frames."""
+    """Episode videos; ``info_on_video`` draws task, step, reward and success on the frames.
+
+    ``video_base_dir``: nothing to do; videos lie beside the episode table that names them.
+    """
 
     save_video: bool = True
     info_on_video: bool = True
@@ -296,7 +299,11 @@ class AlgorithmParams(AlgorithmConfig, RewardConfig, GuardConfig):
 
 
 class LoggerParams(Section):
-    """Where runs are logged."""
+    """Where runs are logged, all under the same metric names.
+
+    ``log_path``, ``experiment_name``: nothing to do; an experiment's files are in its folder below runs/ and it is
+    logged under that folder's name.
+    """
 
     log_path: str = "../results"
     project_name: str = "pi0rl"
