@@ -254,6 +254,8 @@ def test_an_experiment_may_be_judged_on_both_splits_with_several_seeds(tmp_path:
     exam = experiment_exam(load_params(path))
     assert exam.planned() == {(split, seed): 30 for split in ("held_out", "official") for seed in (1000, 1001)}
     assert exam.protocol.rule("libero_object").replan_steps == 8
+    more = experiment_exam(load_params(path, ("evaluation.suites=[libero_object, libero_goal]",)))
+    assert more.planned()["official", 1000] == 60
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,8 @@ def test_training_says_which_of_rlinfs_keys_have_nothing_to_do(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines] == ["env.enable_offload", *keys]
     assert lines[1] == "train: runner.logger.log_path: nothing to do; all files are in runs/logged"
+    with pytest.raises(UserError, match="did you mean 'libero_goal'"):  # now, not when training is over
+        train.run(open_experiment("quickstart", ("evaluation.suites=[libero_object,libero_gaol]",), "runs/logged"))
 
 
 def test_tensorboard_reads_the_same_names(experiment: Experiment) -> None:

@@ -25,6 +25,13 @@ ATTEMPTS = 3
 # Recorded failures per kind and policy, for the gallery of a report.
 FAILURES_PER_KIND = 2
 
+# What ``evaluation.split`` and ``--split`` mean; of both, the held-out states come first in every table.
+SPLITS: dict[str, tuple[Split, ...]] = {
+    "official": ("official",),
+    "held_out": ("held_out",),
+    "both": ("held_out", "official"),
+}
+
 # Split, seed, plan index.
 EpisodeKey = tuple[str, int, int]
 
@@ -74,8 +81,7 @@ def experiment_exam(params: Params) -> Exam:
     """The exam that an experiment's policies sit."""
     evaluation = params.evaluation
     seeds = tuple(range(evaluation.seed, evaluation.seed + evaluation.num_seeds))
-    splits: tuple[Split, ...] = ("held_out", "official") if evaluation.split == "both" else (evaluation.split,)
-    return Exam(experiment_protocol(params), params.suites, splits, seeds)
+    return Exam(experiment_protocol(params), params.evaluated_suites, SPLITS[evaluation.split], seeds)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pi0rl.cluster.setup import (
     validation_plan,
 )
 from pi0rl.errors import UserError
+from pi0rl.evaluation.evaluator import experiment_exam
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
 from pi0rl.params import LoggerParams, Params
@@ -35,6 +36,7 @@ ORIGIN = "origin.txt"
 def run(experiment: Experiment) -> None:
     """Train, or go on training."""
     params, folder = experiment.params, experiment.stage_dir("train")
+    experiment_exam(params).planned()  # refuses unknown suites and missing init states now, not when training is over
     _say_what_validates(params)
     _say_what_has_nothing_to_do(experiment)
     sft_policy = experiment.stage_dir("sft") / "policy"
