@@ -51,10 +51,10 @@ class WandbLogger:
         ``sft/step`` or ``eval/step``, over which their charts are drawn.
         """
         rows = list(rows_after(training, -1))
-        for table in others:
+        for table in filter(None, others):
+            group = next(iter(next(iter(table.values())))).partition("/")[0]
+            self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
             for own_step, values in table.items():
-                group = next(iter(values)).partition("/")[0]
-                self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
                 rows.append((rows[-1][0] + 1 if rows else 0, {**values, f"{group}/step": own_step}))
         for step, values in rows:
             if step > self._sent:
