@@ -169,9 +169,15 @@ def _add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint", metavar="PATH_OR_HUB", help=_CHECKPOINTS)
     group.add_argument("--suites", metavar="A,B", default="libero_spatial,libero_object,libero_goal,libero_10")
     group.add_argument("--protocol", default="default", help="default, openpi, lerobot or rlinf")
-    group.add_argument("--split", choices=("official", "held_out"), default="official")
+    group.add_argument("--split", choices=("official", "held_out", "both"), default="official", help="of init states")
     group.add_argument("--seeds", metavar="0,1", default="0", help="of the policy's noise; each plays the whole plan")
-    group.add_argument("--workers", type=int, help="simulator processes (default: one per core, at most 16)")
+    group.add_argument("--workers", type=_positive, help="simulator processes (default: one per core, at most 16)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive whole number")
+    return int(text)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -191,9 +197,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             overrides=tuple(options.overrides),
             split=options.split,
             seeds=standalone.whole_numbers(options.seeds, "--seeds"),
-            output=Path(
-                options.output or standalone.default_output(options.checkpoint, options.protocol, options.overrides)
-            ),
+            output=None if options.output is None else Path(options.output),
             workers=options.workers or standalone.default_workers(),
         )
     )

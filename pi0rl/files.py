@@ -1,12 +1,16 @@
-"""Files and folders that are either whole or not there."""
+"""Files and folders that are either whole or not there, and JSON files that say what is wrong with them."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from pi0rl.errors import UserError
 
 
 @contextmanager
@@ -37,6 +41,25 @@ def replace_text(target: Path, text: str) -> None:
     temporary.write_text(text)
     _flush_one(temporary)
     temporary.replace(target)
+
+
+def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in a file, which has at least ``keys``.
+
+    Raises:
+        UserError: it is not there, not readable, no object, or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; expected a folder with this file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); copy, download or make it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    if absent := [key for key in keys if key not in content]:
+        raise UserError(f"{path}: no {absent[0]!r}, expected {', '.join(keys)}; make it again with this version")
+    return content
 
 
 def _flush(directory: Path) -> None:

@@ -156,7 +156,10 @@ class RolloutParams(Section):
 
 
 class VideoParams(Section):
-    """Episode videos; ``info_on_video`` draws task, step, reward and success on the frames."""
+    """Episode videos; ``info_on_video`` draws task, step, reward and success on the frames.
+
+    ``video_base_dir``: nothing to do; videos lie beside the episode table that names them.
+    """
 
     save_video: bool = True
     info_on_video: bool = True
@@ -296,7 +299,11 @@ class AlgorithmParams(AlgorithmConfig, RewardConfig, GuardConfig):
 
 
 class LoggerParams(Section):
-    """Where runs are logged."""
+    """Where runs are logged, all under the same metric names.
+
+    ``log_path``, ``experiment_name``: nothing to do; an experiment's files are in its folder below runs/ and it is
+    logged under that folder's name.
+    """
 
     log_path: str = "../results"
     project_name: str = "pi0rl"
@@ -326,10 +333,16 @@ class RunnerParams(Section):
 class EvaluationParams(Section):
     """The fixed plan both policies are judged on; the step limit is openpi's per suite.
 
-    ``both`` plays it on the held-out and on the official init states. With ``num_seeds`` the plan is played that many
+    ``suites`` are played before and after, those that are trained on and others, which may have got worse; left out,
+    those that are trained on.
+    ``both`` plays the plan on the held-out and on the official init states. With ``num_seeds`` it is played that many
     times, the policy's noise drawn from ``seed``, ``seed`` + 1, ...
     """
 
+    # Written down only where it is given: params that were frozen before it existed stay the same bytes to DVC.
+    suites: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, exclude_if=lambda suites: suites is None
+    )
     split: Literal["official", "held_out", "both"] = "held_out"
     episodes_per_task: Positive = 10
     seed: NonNegative = 1000
@@ -354,6 +367,11 @@ class Params(Section):
     runner: RunnerParams = RunnerParams()
     video_cfg: VideoParams = VideoParams()
     evaluation: EvaluationParams = EvaluationParams()
+
+    @property
+    def evaluated_suites(self) -> tuple[str, ...]:
+        """What both policies are judged on: ``evaluation.suites``, or what they are trained on."""
+        return self.evaluation.suites or self.suites
 
     @model_validator(mode="before")
     @classmethod
@@ -433,6 +451,11 @@ class Params(Section):
             )
         if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
             raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
+        if forgotten := [suite for suite in self.suites if suite not in self.evaluated_suites]:
+            raise ValueError(
+                f"evaluation.suites leaves out {forgotten[0]}, which suites trains on: name it as well, or leave "
+                "evaluation.suites out to judge on what is trained"
+            )
         _check_validation(self.runner)
         UpdateConfig(self.algorithm, self.actor.optim, self.actor.global_batch_size, self.actor.micro_batch_size)
         return self

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,49 @@ def test_failures_are_played_again_for_their_videos(tmp_path: Path) -> None:
     pd.testing.assert_series_equal(table["final_state"], plain["final_state"])
 
 
+@pytest.mark.parametrize(
+    ("dies", "says"),
+    [
+        (False, "evaluate noise: 2 of 2 failures went another way when filmed; they have no video"),
+        (True, "evaluate noise: 2 failures could not be filmed: an env worker died"),
+    ],
+)
+def test_filming_a_failure_changes_no_outcome(
+    dies: bool, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def open_fickle(replan_steps: int) -> Iterator[Play]:
+        """All fail, and all would succeed if they were played again."""
+
+        def play(
+            rows: Sequence[Episode],
+            seed: int,
+            record: frozenset[int],
+            on_results: Callable[[Sequence[EpisodeResult]], None],
+        ) -> None:
+            if record and dies:
+                raise WorkerFailed("an env worker died")
+            again = bool(record)
+            for row in rows:
+                on_results([EpisodeResult(row.index, again, 8, f"{again}", failure="" if again else "timeout")])
+
+        yield play
+
+    @contextmanager
+    def open_nothing(replan_steps: int) -> Iterator[Play]:
+        raise WorkerFailed("no worker starts")
+        yield
+
+    journal, recording = Journal(tmp_path, "one"), Recording(failures_per_kind=2)
+    examine(EXAM, "noise", open_fickle, journal, recording)
+    assert says in capsys.readouterr().err
+    examine(EXAM, "noise", open_nothing, journal, recording)  # the same command once more: all outcomes are known
+    table = episode_table(Journal(tmp_path, "one").rows("noise"), ["noise"])
+    require_complete(table, EXAM.planned())
+    assert not table["success_once"].any()
+    assert set(table["video"]) == {""}
+
+
 def test_a_journal_of_another_evaluation_is_dropped_and_errors_are_tried_again(tmp_path: Path) -> None:
     row = dict.fromkeys(EPISODE_COLUMNS, "") | {"policy": "sft", "split": "official", "seed": 0, "index": 3}
     journal = Journal(tmp_path / "parts", "one")
@@ -210,6 +254,8 @@ def test_an_experiment_may_be_judged_on_both_splits_with_several_seeds(tmp_path:
     exam = experiment_exam(load_params(path))
     assert exam.planned() == {(split, seed): 30 for split in ("held_out", "official") for seed in (1000, 1001)}
     assert exam.protocol.rule("libero_object").replan_steps == 8
+    more = experiment_exam(load_params(path, ("evaluation.suites=[libero_object, libero_goal]",)))
+    assert more.planned()["official", 1000] == 60
 
 
 @pytest.mark.parametrize(
@@ -315,6 +361,35 @@ def test_evaluations_of_one_protocol_are_compared_episode_by_episode(
     first, second = capsys.readouterr().err.splitlines()
     assert "different exams share no table" in first
     assert "no evaluation.json, expected a folder that `pi0rl evaluate --checkpoint ...` has written" in second
+
+
+def _lacks(key: str, folder: Path) -> None:
+    path = folder / "evaluation.json"
+    described = json.loads(path.read_text())
+    (described if key in described else described["protocol"]).pop(key)
+    path.write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "evaluation.json").write_text('{"pro'), "evaluation.json: not readable as JSON"),
+        (partial(_lacks, "protocol"), "evaluation.json: no 'protocol', expected protocol, suites, splits, seeds"),
+        (partial(_lacks, "hash"), "evaluation.json: not this version's protocol ('hash'); evaluate again"),
+        (lambda folder: (folder / "episodes.parquet").write_bytes(b"PAR1"), "parquet: not readable as Parquet"),
+        (
+            lambda folder: pd.DataFrame({"split": [0]}).to_parquet(folder / "episodes.parquet"),
+            "episodes.parquet: no column 'policy'",
+        ),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(
+    damage: Callable[[Path], object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(_evaluated(tmp_path / "damaged", 0.3))
+    assert main(["compare", str(_evaluated(tmp_path / "whole", 0.3)), str(tmp_path / "damaged")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_task_without_any_outcome_supports_no_conclusion(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_snippets_of_rlinf_paste_in(tmp_path: Path) -> None:
         ("openpi: {noise_anneal: true, noise_method: flow_noise}", ("openpi.noise_anneal", "flow_noise does not have")),
         ("openpi: {noise_params: [0.7, 0.3, 0]}", ("openpi.noise_params.2", "greater than 0")),
         ("sft: {lora_rank: 4}", ("sft.lora_rank", "sft.checkpoint")),
+        ("evaluation: {suites: [libero_10]}", ("evaluation.suites leaves out libero_object", "name it as well")),
         ("openpi: {num_steps: 9}", ("openpi.num_steps is 9", "actor.model.num_steps is 4")),
         ("algorithm: {adv_type: gae}\nopenpi: {add_value_head: false}", ("adv_type gae", "add_value_head: true")),
         ("env: {train: {total_num_envs: 5, workers: 2}}", ("env.train.workers 2", "total_num_envs 5")),
@@ -254,6 +255,20 @@ def test_overrides_come_last_and_base_first(tmp_path: Path) -> None:
     path = _written(tmp_path, "base: lower.yaml\nsft: {steps: 20}")
     params = load_params(path, ("sft.batch_size=8", "seed=3"))
     assert (params.seed, params.sft.steps, params.sft.lr, params.sft.batch_size) == (3, 20, 0.5, 8)
+
+
+def test_the_suites_of_the_evaluation_are_those_trained_on_unless_named(tmp_path: Path) -> None:
+    """Params that were frozen before the key existed mean the same, and are written back without it."""
+    frozen = _written(tmp_path, "suites: [libero_goal]\nevaluation: {split: held_out}")
+    params = load_params(frozen)
+    assert params.evaluated_suites == ("libero_goal",)
+    assert "suites" not in yaml.safe_load(dump_params(params))["evaluation"]
+    more = load_params(frozen, ("evaluation.suites=[libero_goal, libero_10]",))
+    assert more.evaluated_suites == ("libero_goal", "libero_10")
+    assert yaml.safe_load(dump_params(more))["evaluation"]["suites"] == ["libero_goal", "libero_10"]
+    assert load_params(PARAMS / "libero_10_grpo_openpi.yaml").evaluated_suites == tuple(BY_SUITE)
+    tiny = [path for path in PARAMS.glob("*.yaml") if not path.stem.endswith("_openpi")]
+    assert all(load_params(path).evaluation.suites is None for path in tiny)
 
 
 def test_base_files_in_a_circle_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from browser import open_page
 
+from pi0rl.errors import UserError
 from pi0rl.evaluation.statistics import bootstrap_mean
 from pi0rl.report.published import published_table
 from pi0rl.report.sweep import Finished, write_sweep_report
@@ -153,6 +154,25 @@ def test_results_of_different_protocols_never_share_a_table(tmp_path: Path) -> N
     assert [f"| point{number} |" in first for number in range(4)] == [True, True, False, False]
     assert [f"| point{number} |" in second for number in range(4)] == [False, False, True, True]
     assert "PPO, 2 seeds" in first
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("{", "point/results.json: not readable as JSON"),
+        (json.dumps({"rows": [], "comparisons": [], "tasks": []}), "results.json: no 'protocol', expected rows, "),
+        (
+            json.dumps(results("ppo", "libero_object", [5], [8]) | {"checkpoints_sha256": {}}),
+            "results.json: no digest of sft/policy/model.safetensors",
+        ),
+    ],
+)
+def test_a_damaged_or_older_report_is_one_line(damaged: str, message: str, tmp_path: Path) -> None:
+    report = tmp_path / "point"
+    report.mkdir()
+    (report / "results.json").write_text(damaged)
+    with pytest.raises(UserError, match=message):
+        write_sweep_report("s", [Finished("point", {"seed": 0}, report)], tmp_path / "report")
 
 
 def test_chromium_opens_the_page_without_a_complaint(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from projects import make_project
 
 from pi0rl.errors import UserError
 from pi0rl.experiment import Experiment, open_experiment, resolve
+from pi0rl.stages import train
 from pi0rl.tracking.alarms import WINDOW, alarms
 from pi0rl.tracking.loggers import Table, open_loggers
-from pi0rl.tracking.metrics import METRICS, MetricsWriter, read_alarms, read_table
+from pi0rl.tracking.metrics import METRICS, MetricsWriter, read_alarms, read_table, unexplained
 from pi0rl.tracking.mlflow_logger import MlflowLogger, flatten, tracking_uri
 from pi0rl.tracking.publish import catch_up, dvc_hashes, evaluation_metrics, publish
 from pi0rl.tracking.sweep import begin_sweep
@@ -130,7 +133,9 @@ def test_params_become_flat_names_that_mlflow_accepts() -> None:
 
 def test_results_and_hashes_for_the_run(experiment: Experiment) -> None:
     row = {"policy": "ppo", "split": "held_out", "suite": "libero_object", "k": 3, "n": 4}
-    assert evaluation_metrics([row]) == {"eval/ppo/held_out/libero_object/success_once": 0.75}
+    metrics = evaluation_metrics([row])
+    assert metrics == {"eval/ppo/held_out/libero_object/success_once": 0.75}
+    assert unexplained(metrics) == []
     assert dvc_hashes(experiment) == {}
     lock = "stages: {train: {outs: [{path: runs/quickstart/train, md5: abc.dir}]}, demos: {cmd: x}}"
     (experiment.root / "dvc.lock").write_text(lock)
@@ -296,6 +301,20 @@ def test_optional_backends_log_offline_or_say_what_to_install(name: str, experim
     assert run.stat().st_size > 1000
 
 
+def test_training_says_which_of_rlinfs_keys_have_nothing_to_do(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("runner.logger.log_path", "runner.logger.experiment_name", "video_cfg.video_base_dir")
+    settings = (*(f"{key}=mine" for key in keys), "env.enable_offload=true")
+    with pytest.raises(UserError, match="run `pi0rl sft` first"):
+        train.run(open_experiment("quickstart", settings, "runs/logged"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["env.enable_offload", *keys]
+    assert lines[1] == "train: runner.logger.log_path: nothing to do; all files are in runs/logged"
+    with pytest.raises(UserError, match="did you mean 'libero_goal'"):  # now, not when training is over
+        train.run(open_experiment("quickstart", ("evaluation.suites=[libero_object,libero_gaol]",), "runs/logged"))
+
+
 def test_tensorboard_reads_the_same_names(experiment: Experiment) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -307,6 +326,65 @@ def test_tensorboard_reads_the_same_names(experiment: Experiment) -> None:
     points = [(event.step, event.value) for event in events.Scalars("env/success_once")]
     assert points == [(number, pytest.approx(number / 7)) for number in range(5)]
     assert {"env/success_once", "actor/loss", "time/step"} <= set(events.Tags()["scalars"])
+
+
+def test_a_finished_experiment_shows_imitation_and_evaluation_in_every_backend(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    logged = open_experiment("quickstart", ("runner.logger.logger_backends=[mlflow,tensorboard]",), "runs/logged")
+    resolve(logged)
+    _train(logged, 0, 2)
+    logged.stage_dir("sft").mkdir()
+    (logged.stage_dir("sft") / "metrics.csv").write_text("step,sft/loss,sft/val_loss\n1,0.5,\n2,0.25,0.125\n")
+    logged.report_dir.mkdir(parents=True)
+    (logged.report_dir / "results.json").write_text(json.dumps(_results(70, 0.01, "abc")))
+    for _ in range(2):  # published twice: nothing twice
+        publish(logged)
+    final = "eval/ppo/held_out/libero_object/success_once"
+    expected = {"sft/loss": [(1, 0.5), (2, 0.25)], "sft/val_loss": [(2, 0.125)], final: [(0, pytest.approx(0.7))]}
+    expected["env/success_once"] = [(0, 0.0), (1, pytest.approx(1 / 7))]
+    client, run = _client(logged), _run_id(logged)
+    events = EventAccumulator(str(logged.run_dir / "tensorboard")).Reload()
+    for name, points in expected.items():
+        assert [(event.step, event.value) for event in events.Scalars(name)] == points
+        assert [(point.step, point.value) for point in client.get_metric_history(run, name)] == points
+
+
+def test_a_resumed_wandb_run_has_every_row_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, dict[str, float]]] = []
+    axes: dict[str, str] = {}
+    run = SimpleNamespace(
+        log=lambda values, step: sent.append((step, values)),
+        define_metric=lambda name, step_metric: axes.update({name: step_metric}),
+        finish=lambda exit_code: None,
+    )
+
+    def init(**settings: object) -> SimpleNamespace:
+        run.step = sent[-1][0] + 1 if sent else 0  # as W&B's server has it
+        return run
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **settings: None))
+    monkeypatch.delitem(sys.modules, "pi0rl.tracking.wandb_logger", raising=False)
+    from pi0rl.tracking.wandb_logger import WandbLogger
+
+    del sys.modules["pi0rl.tracking.wandb_logger"]  # nobody else is to have the one with the double
+    training: list[Table] = [{0: {"actor/loss": 0.5}, 1: {"actor/loss": 0.4}}, {0: {"time/step": 9.0}}]
+    others: list[Table] = [{5: {"sft/loss": 3.0}, 6: {"sft/loss": 2.0}}, {0: {"eval/ppo/success_once": 0.7}}]
+    WandbLogger(experiment).sync([{0: training[0][0]}, training[1]])
+    for _ in range(2):
+        WandbLogger(experiment).sync(training, others)
+    assert sent == [
+        (0, {"actor/loss": 0.5, "time/step": 9.0}),
+        (1, {"actor/loss": 0.4}),
+        (2, {"sft/loss": 3.0, "sft/step": 5}),
+        (3, {"sft/loss": 2.0, "sft/step": 6}),
+        (4, {"eval/ppo/success_once": 0.7, "eval/step": 0}),
+    ]
+    assert axes == {"sft/*": "sft/step", "eval/*": "eval/step"}
 
 
 def test_several_backends_show_the_same_names_and_values(

@@ -46,9 +46,7 @@ def require_complete(
         UserError: a column is missing, protocols are mixed, too many episodes ended in an error, or a policy's episodes
             are not the planned ones, each once, from the same init states as the other policies'.
     """
-    missing = [column for column in EPISODE_COLUMNS if column not in episodes]
-    if missing:
-        raise UserError(f"{source}: no column {missing[0]!r}, expected {', '.join(EPISODE_COLUMNS)}")
+    require_columns(episodes, source)
     if episodes.empty:
         raise UserError(f"{source}: no episodes, expected at least one; run `pi0rl evaluate` again")
     protocols = sorted(episodes["protocol"].unique())
@@ -66,6 +64,13 @@ def require_complete(
                 raise UserError(f"{where}: {len(indices)} episodes, none planned; delete the table")
             _require_planned(indices, planned[split, seed], where)
     _require_same_episodes(episodes, source)
+
+
+def require_columns(episodes: pd.DataFrame, source: str) -> None:
+    """Raises UserError if one of EPISODE_COLUMNS is missing."""
+    missing = [column for column in EPISODE_COLUMNS if column not in episodes]
+    if missing:
+        raise UserError(f"{source}: no column {missing[0]!r}, expected {', '.join(EPISODE_COLUMNS)}")
 
 
 def _require_few_errors(episodes: pd.DataFrame, source: str) -> None:

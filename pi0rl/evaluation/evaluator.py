@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,13 @@ from pi0rl.progress import Progress
 ATTEMPTS = 3
 # Recorded failures per kind and policy, for the gallery of a report.
 FAILURES_PER_KIND = 2
+
+# What ``evaluation.split`` and ``--split`` mean; of both, the held-out states come first in every table.
+SPLITS: dict[str, tuple[Split, ...]] = {
+    "official": ("official",),
+    "held_out": ("held_out",),
+    "both": ("held_out", "official"),
+}
 
 # Split, seed, plan index.
 EpisodeKey = tuple[str, int, int]
@@ -73,8 +81,7 @@ def experiment_exam(params: Params) -> Exam:
     """The exam that an experiment's policies sit."""
     evaluation = params.evaluation
     seeds = tuple(range(evaluation.seed, evaluation.seed + evaluation.num_seeds))
-    splits: tuple[Split, ...] = ("held_out", "official") if evaluation.split == "both" else (evaluation.split,)
-    return Exam(experiment_protocol(params), params.suites, splits, seeds)
+    return Exam(experiment_protocol(params), params.evaluated_suites, SPLITS[evaluation.split], seeds)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class _Examination:
     def __init__(self, exam: Exam, policy: str, journal: Journal, recording: Recording) -> None:
         self._exam, self._policy, self._journal, self._recording = exam, policy, journal, recording
         self._plans = {(split, seed): exam.plan(split) for split in exam.splits for seed in exam.seeds}
-        self._done = {(row["split"], row["seed"], row["index"]) for row in self._rows()}
+        self._done = {_key(row) for row in self._rows()}
         self._failed: Counter[EpisodeKey] = Counter()
         self._at_hand: list[EpisodeKey] = []
         self._progress = Progress(f"evaluate {policy}", self._planned, "episode", len(self._done))
@@ -142,9 +149,13 @@ class _Examination:
                 try:
                     with open_play(replan_steps) as play:
                         self._play_missing(play, suites, share)
-                        self._record_failures(play, self._failures(suites))
+                        self._record_failures(play, suites)
                     break
                 except WorkerFailed as failure:
+                    if not self._missing(suites):  # every outcome is known: at most videos are not
+                        if unfilmed := self._failures(suites):
+                            self._say(f"{len(unfilmed)} failures could not be filmed: {one_line(str(failure))}")
+                        break
                     share = self._smaller_share(failure)
 
     def _rows(self) -> list[Row]:
@@ -159,11 +170,10 @@ class _Examination:
         return {key: rows for key, rows in missing.items() if rows}
 
     def _play_missing(self, play: Play, suites: set[str], share: int) -> None:
-        """Play what is missing, ``share`` episodes at a time, until all have an outcome or were tried often enough."""
-        while missing := self._missing(suites):
-            for (split, seed), rows in missing.items():
-                for first in range(0, len(rows), share):
-                    self._play(play, split, seed, rows[first : first + share], self._recording.episodes)
+        """Play what is missing, ``share`` episodes at a time."""
+        for (split, seed), rows in self._missing(suites).items():
+            for first in range(0, len(rows), share):
+                self._play(play, split, seed, rows[first : first + share])
 
     def _smaller_share(self, failure: WorkerFailed) -> int:
         """How many episodes to play at a time after a worker failed: ever fewer, until one is known to be at fault.
@@ -188,34 +198,32 @@ class _Examination:
             raise failure  # no conclusion could be drawn, so the rest need not be played
         return self._planned
 
-    def _play(self, play: Play, split: str, seed: int, rows: Sequence[Episode], record: frozenset[int]) -> None:
+    def _play(self, play: Play, split: str, seed: int, rows: Sequence[Episode]) -> None:
         episodes = {row.index: row for row in rows}
         self._at_hand = [(split, seed, index) for index in episodes]
 
         def on_results(results: Sequence[EpisodeResult]) -> None:
-            before = len(self._done)
             for result in results:
-                key = (split, seed, result.index)
-                self._failed[key] += result.error is not None
-                if result.error is None or self._failed[key] >= ATTEMPTS:
-                    self._add(seed, episodes[result.index], result)
-                    self._done.add(key)
-            if len(self._done) > before:  # not where failures are only recorded
-                successes = sum(row["success_once"] for row in self._rows())
-                self._progress.update(len(self._done), f"{successes}/{len(self._done)} successful")
+                episode = episodes[result.index]
+                video = self._video(seed, episode, result)
+                self._journal.add(episode_row(self._policy, self._exam.protocol.hash, seed, episode, result, video))
+                self._done.add((split, seed, result.index))
+            successes = sum(row["success_once"] for row in self._rows())
+            self._progress.update(len(self._done), f"{successes}/{len(self._done)} successful")
 
-        play(rows, seed, record, on_results)
+        play(rows, seed, self._recording.episodes, on_results)
 
-    def _add(self, seed: int, episode: Episode, result: EpisodeResult) -> None:
-        video = ""
-        if result.footage is not None:
-            name = f"{self._policy}_{episode.suite}_{episode.task_id}_{episode.split}_{episode.init_state_id}_{seed}"
-            video = f"videos/{name}.mp4"
-            (self._journal.folder / "videos").mkdir(exist_ok=True)
-            protocol = self._exam.protocol
-            config = VideoConfig(protocol.camera_size, protocol.render_profile, info=self._recording.info)
-            write_video(self._journal.folder / video, result, episode, config)
-        self._journal.add(episode_row(self._policy, self._exam.protocol.hash, seed, episode, result, video))
+    def _video(self, seed: int, episode: Episode, result: EpisodeResult) -> str:
+        """Write the episode's video, if it was filmed; its path, or empty."""
+        if result.footage is None:
+            return ""
+        name = f"{self._policy}_{episode.suite}_{episode.task_id}_{episode.split}_{episode.init_state_id}_{seed}"
+        video = f"videos/{name}.mp4"
+        (self._journal.folder / "videos").mkdir(exist_ok=True)
+        protocol = self._exam.protocol
+        config = VideoConfig(protocol.camera_size, protocol.render_profile, info=self._recording.info)
+        write_video(self._journal.folder / video, result, episode, config)
+        return video
 
     def _failures(self, suites: set[str]) -> list[Row]:
         """Failed episodes of ``suites`` that are still to be recorded, so that every kind is shown often enough."""
@@ -229,9 +237,35 @@ class _Examination:
                 chosen.append(row)
         return chosen
 
-    def _record_failures(self, play: Play, failed: list[Row]) -> None:
-        """Play them again with a camera: the noise is keyed by episode, so they take the same course."""
-        for (split, seed), plan in self._plans.items():
-            indices = frozenset(row["index"] for row in failed if (row["split"], row["seed"]) == (split, seed))
-            if indices:
-                self._play(play, split, seed, [plan[index] for index in sorted(indices)], indices)
+    def _record_failures(self, play: Play, suites: set[str]) -> None:
+        """Play failures again with a camera: the noise is keyed by episode, so they take the same course.
+
+        Where rounding leads one elsewhere, which it may on a GPU, it has no video: an outcome stands as it was first
+        played, or failures alone would have a second chance.
+        """
+        failed = self._failures(suites)
+        for split, seed in self._plans:
+            rows = {row["index"]: row for row in failed if (row["split"], row["seed"]) == (split, seed)}
+            if rows:
+                self._film(play, split, seed, rows)
+        filmed = {_key(row) for row in self._rows() if row["video"]}
+        if elsewhere := sum(_key(row) not in filmed for row in failed):
+            self._say(f"{elsewhere} of {len(failed)} failures went another way when filmed; they have no video")
+
+    def _film(self, play: Play, split: str, seed: int, rows: dict[int, Row]) -> None:
+        plan = self._plans[split, seed]
+
+        def on_results(results: Sequence[EpisodeResult]) -> None:
+            for result in results:
+                row = rows[result.index]
+                if result.final_state == row["final_state"]:
+                    self._journal.add(row | {"video": self._video(seed, plan[result.index], result)})
+
+        play([plan[index] for index in sorted(rows)], seed, frozenset(rows), on_results)
+
+    def _say(self, line: str) -> None:
+        print(f"evaluate {self._policy}: {line}", file=sys.stderr)
+
+
+def _key(row: Row) -> EpisodeKey:
+    return row["split"], row["seed"], row["index"]

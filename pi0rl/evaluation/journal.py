@@ -11,6 +11,13 @@ from pi0rl.evaluation.table import Row
 from pi0rl.files import replace_text
 
 Key = tuple[str, str, int, int]
+_NAME = "episodes.jsonl"
+
+
+def holds_others(folder: Path, identity: str) -> bool:
+    """Whether a journal in ``folder`` has episodes of another evaluation, which a ``Journal`` of this one drops."""
+    lines = _lines(folder / _NAME)
+    return len(lines) > 2 and lines[0] != _header(identity)  # the header, a row, and what follows the last newline
 
 
 class Journal:
@@ -25,10 +32,9 @@ class Journal:
     def __init__(self, folder: Path, identity: str) -> None:
         """``identity`` names everything that decides an outcome; only rows written under the same one are kept."""
         self.folder = folder
-        self._file = folder / "episodes.jsonl"
+        self._file = folder / _NAME
         self._rows: dict[Key, Row] = {}
-        header = json.dumps({"evaluation": identity})
-        lines = self._file.read_text(encoding="utf-8").split("\n") if self._file.is_file() else []
+        header, lines = _header(identity), _lines(self._file)
         if lines[:1] != [header]:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -58,3 +64,11 @@ class Journal:
 
     def _keep(self, row: Row) -> None:
         self._rows[row["policy"], row["split"], row["seed"], row["index"]] = row
+
+
+def _header(identity: str) -> str:
+    return json.dumps({"evaluation": identity})
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").split("\n") if file.is_file() else []

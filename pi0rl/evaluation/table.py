@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from pi0rl.evaluation.completeness import EPISODE_COLUMNS
+from pi0rl.errors import UserError, first_line
+from pi0rl.evaluation.completeness import EPISODE_COLUMNS, require_columns
 from pi0rl.evaluation.statistics import EPISODE_KEY
 from pi0rl.libero.plan import Episode, episode_init_state, episode_language, episode_task
 from pi0rl.libero.slots import EpisodeResult
@@ -64,3 +65,13 @@ def episode_table(rows: Iterable[Row], policies: Iterable[str]) -> pd.DataFrame:
 def write_episode_table(table: pd.DataFrame, path: Path) -> None:
     """Write ``table`` as Parquet; the same rows give the same bytes."""
     table.to_parquet(path, engine="pyarrow", index=False, compression="zstd")
+
+
+def read_episode_table(path: Path) -> pd.DataFrame:
+    """What :func:`write_episode_table` wrote; raises UserError if it is not readable or lacks a column."""
+    try:
+        table = pd.read_parquet(path, engine="pyarrow")
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise UserError(f"{path}: not readable as Parquet ({first_line(error)}); copy it or evaluate again") from error
+    require_columns(table, str(path))
+    return table

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pi0rl.errors import UserError
+from pi0rl.files import read_json
 from pi0rl.policy.lora import merged_state
 from pi0rl.policy.policy import Policy
 
@@ -26,19 +25,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "pi0rl_heads.safetensors"
 _NOT_WEIGHTS = ("policy_preprocessor", "policy_postprocessor", "adapter_model", "pi0rl_heads")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or a UserError that names the file."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: not found; expected a checkpoint directory with this file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _network_files(directory: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import yaml
 from pi0rl.errors import UserError
 from pi0rl.evaluation.completeness import require_complete
 from pi0rl.evaluation.evaluator import experiment_exam
+from pi0rl.evaluation.table import read_episode_table
+from pi0rl.files import read_json
 from pi0rl.params import Params, load_params
 from pi0rl.tracking.alarms import Alarm
 from pi0rl.tracking.metrics import read_alarms
@@ -68,7 +69,7 @@ def read_run(directory: Path) -> Run:
     for path, stage in ((params_file, "run"), (table, "evaluate")):
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected the output of an earlier stage; run `pi0rl {stage}` first")
-    episodes = pd.read_parquet(table)
+    episodes = read_episode_table(table)
     params, sft_dir = load_params(params_file), _sft_dir(directory)
     require_complete(episodes, experiment_exam(params).planned(), source=str(table))
     return Run(
@@ -103,6 +104,6 @@ def _stage_times(directory: Path) -> list[StageTime]:
     for stage in STAGES:
         path = directory / stage / "timing.json"
         if path.is_file():
-            timing = json.loads(path.read_text(encoding="utf-8"))
+            timing = read_json(path, ("seconds",))
             times.append(StageTime(stage, float(timing["seconds"]), str(timing.get("started", ""))))
     return times

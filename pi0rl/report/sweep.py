@@ -5,7 +5,6 @@ Results of different evaluation protocols never share a table or a chart: every 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import pandas as pd
 
+from pi0rl.errors import UserError
 from pi0rl.evaluation.statistics import holm
-from pi0rl.files import replace_directory
+from pi0rl.files import read_json, replace_directory
 from pi0rl.report.plots import Chart
-from pi0rl.report.published import PublishedTable, published_table
+from pi0rl.report.published import SFT_WEIGHTS, PublishedTable, published_table
 from pi0rl.report.sweep_plots import main_effects, parallel_coordinates
 from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, suite_label
 from pi0rl.report.templates import environment
@@ -64,6 +64,9 @@ def write_sweep_report(sweep: str, points: Sequence[Finished], target: Path) -> 
     """Compare ``points`` in ``target``, replacing what is there; returns ``target``.
 
     The p-values of the points' paired tests are corrected for their number (Holm).
+
+    Raises:
+        UserError: a point's results.json is damaged, or an older version wrote it.
     """
     results = [(point, _results(point)) for point in points]
     table = comparison(results)
@@ -121,7 +124,11 @@ def comparison(results: Sequence[tuple[Finished, Mapping[str, Any]]]) -> pd.Data
 
 
 def _results(point: Finished) -> dict[str, Any]:
-    return json.loads((point.report_dir / "results.json").read_text(encoding="utf-8"))
+    path = point.report_dir / "results.json"
+    content = read_json(path, ("rows", "comparisons", "tasks", "protocol", "checkpoints_sha256"))
+    if SFT_WEIGHTS not in content["checkpoints_sha256"]:
+        raise UserError(f"{path}: no digest of {SFT_WEIGHTS}; bring the run's files back and run `pi0rl report` again")
+    return content
 
 
 def _sections(results: Sequence[tuple[Finished, Mapping[str, Any]]], table: pd.DataFrame) -> tuple[Section, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import pandas as pd
 from pi0rl.errors import UserError
 from pi0rl.evaluation.completeness import require_complete
 from pi0rl.evaluation.protocols import Protocol, SuiteRule
+from pi0rl.evaluation.table import read_episode_table
+from pi0rl.files import read_json
 from pi0rl.report.tables import comparison_lines, result_lines, summarise
 
 
@@ -51,24 +52,24 @@ def read_evaluation(folder: Path) -> Evaluation:
     """The evaluation in a folder.
 
     Raises:
-        UserError: there is none, or other code has written it.
+        UserError: there is none, it is damaged, or other code has written it.
     """
     for name in ("evaluation.json", "episodes.parquet"):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder}: no {name}, expected a folder that `pi0rl evaluate --checkpoint ...` has written"
             )
-    described = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    values = dict(described["protocol"])
-    recorded = values.pop("hash")
+    described = read_json(folder / "evaluation.json", ("protocol", "suites", "splits", "seeds"))
     try:
+        values = dict(described["protocol"])
+        recorded = values.pop("hash")
         protocol = Protocol(**{**values, "rules": tuple(SuiteRule(**rule) for rule in values["rules"])})
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{folder}/evaluation.json: not this version's protocol ({error}); evaluate again") from error
     if protocol.hash != recorded:
         raise UserError(f"{folder}/evaluation.json: its protocol is {protocol.hash}, not {recorded}; evaluate again")
     exam = {key: described[key] for key in ("suites", "splits", "seeds")}
-    return Evaluation(folder, protocol, exam, pd.read_parquet(folder / "episodes.parquet"))
+    return Evaluation(folder, protocol, exam, read_episode_table(folder / "episodes.parquet"))
 
 
 def _require_same_exam(first: Evaluation, other: Evaluation) -> None:

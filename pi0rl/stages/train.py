@@ -20,9 +20,10 @@ from pi0rl.cluster.setup import (
     validation_plan,
 )
 from pi0rl.errors import UserError
+from pi0rl.evaluation.evaluator import experiment_exam
 from pi0rl.experiment import Experiment
 from pi0rl.files import replace_text
-from pi0rl.params import Params
+from pi0rl.params import LoggerParams, Params
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.policy import Policy, with_heads
 from pi0rl.stages.playing import require_checkpoint
@@ -35,8 +36,9 @@ ORIGIN = "origin.txt"
 def run(experiment: Experiment) -> None:
     """Train, or go on training."""
     params, folder = experiment.params, experiment.stage_dir("train")
+    experiment_exam(params).planned()  # refuses unknown suites and missing init states now, not when training is over
     _say_what_validates(params)
-    _say_what_is_never_idle(params)
+    _say_what_has_nothing_to_do(experiment)
     sft_policy = experiment.stage_dir("sft") / "policy"
     require_checkpoint(sft_policy, "sft")
     origin = _origin(params, sft_policy)
@@ -87,12 +89,20 @@ def _say_what_validates(params: Params) -> None:
     print(f"train: validated from {states}, {also}", file=sys.stderr)
 
 
-def _say_what_is_never_idle(params: Params) -> None:
-    """One line per ``enable_offload`` that has nothing to do."""
-    if params.rollout.enable_offload:
-        print("train: rollout.enable_offload: the rollout's weights are the learner's, none are idle", file=sys.stderr)
-    if params.env.enable_offload:
-        print("train: env.enable_offload: simulators hold no GPU memory that others could use", file=sys.stderr)
+def _say_what_has_nothing_to_do(experiment: Experiment) -> None:
+    """One line per key of RLinf's that is set and changes nothing here."""
+    params, default = experiment.params, LoggerParams()
+    logger, videos = params.runner.logger, params.video_cfg
+    renamed, moved = logger.experiment_name != default.experiment_name, logger.log_path != default.log_path
+    for key, is_set, reason in (
+        ("rollout.enable_offload", params.rollout.enable_offload, "the rollout's weights are the learner's, none idle"),
+        ("env.enable_offload", params.env.enable_offload, "simulators hold no GPU memory that others could use"),
+        ("runner.logger.log_path", moved, f"all files are in runs/{experiment.name}"),
+        ("runner.logger.experiment_name", renamed, f"it is logged as {experiment.name}"),
+        ("video_cfg.video_base_dir", videos.video_base_dir is not None, "videos lie beside the table of episodes"),
+    ):
+        if is_set:
+            print(f"train: {key}: nothing to do; {reason}", file=sys.stderr)
 
 
 def _say_which_heads_are_left_out(checkpoint: Policy, begun: Policy) -> None:

@@ -18,8 +18,13 @@ Table = dict[int, dict[str, float]]
 class Logger(Protocol):
     """One place that shows metrics."""
 
-    def sync(self, tables: Sequence[Table]) -> None:
-        """Send the rows that are not there yet; steps only grow from call to call."""
+    def sync(self, training: Sequence[Table], others: Sequence[Table] = ()) -> None:
+        """Send the rows that are not there yet.
+
+        Args:
+            training: tables whose steps are iterations; they only grow from call to call.
+            others: tables with steps of their own, each whole; given once, when the experiment is over.
+        """
         ...
 
     def close(self, failed: bool) -> None:
@@ -33,10 +38,13 @@ class Loggers:
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self._loggers = tuple(loggers)
 
-    def sync(self, tables: Sequence[Table]) -> None:
+    def __iter__(self) -> Iterator[Logger]:
+        return iter(self._loggers)
+
+    def sync(self, training: Sequence[Table], others: Sequence[Table] = ()) -> None:
         """Hand the tables to each."""
         for logger in self._loggers:
-            logger.sync(tables)
+            logger.sync(training, others)
 
     def close(self, failed: bool) -> None:
         """Close each."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -71,7 +72,8 @@ METRICS: dict[str, str] = {
     "sft/lr": "learning rate",
     "sft/val_loss": "flow-matching loss on the demonstrations of sft.val_demos_per_task",
     "sft/success_once": "success on official init states where imitation is checked while it trains",
-    "eval/<suite>/success_once": "success without noise: on the evaluation plan, or where training is validated",
+    "eval/<suite>/success_once": "success without noise where training is validated",
+    "eval/<policy>/<split>/<suite>/success_once": "success without noise on the evaluation plan",
     "time/*": "seconds of an iteration's parts; kept in timing.csv",
     "perf/*": "rates, e.g. control steps per second; kept in timing.csv",
     "system/*": "how busy the machine is: cores, memory, GPUs; kept in timing.csv",
@@ -79,8 +81,8 @@ METRICS: dict[str, str] = {
 
 
 def unexplained(names: Collection[str]) -> list[str]:
-    """Those of ``names`` that METRICS lacks; its ``<suite>`` stands for any."""
-    patterns = [name.replace("<suite>", "*") for name in METRICS if "<suite>" in name]
+    """Those of ``names`` that METRICS lacks; its ``<suite>`` and the like stand for any."""
+    patterns = [re.sub("<[a-z]+>", "*", name) for name in METRICS if "<" in name]
     known = (name in METRICS or any(fnmatchcase(name, pattern) for pattern in patterns) for name in names)
     return sorted(name for name, explained in zip(names, known, strict=True) if not explained)
 

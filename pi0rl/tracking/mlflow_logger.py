@@ -33,6 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pi0rl.errors import first_line
 from pi0rl.experiment import Experiment
+from pi0rl.files import replace_text
 from pi0rl.params import params_hash
 from pi0rl.provenance import commit, versions
 from pi0rl.tracking.loggers import Table
@@ -86,9 +87,9 @@ class MlflowLogger:
         """The id of the run; empty while the server could not be reached."""
         return self._run_id
 
-    def sync(self, tables: Sequence[Table]) -> None:
+    def sync(self, training: Sequence[Table], others: Sequence[Table] = ()) -> None:
         """Send the rows after the last sent step of each table, whose metrics no other table has."""
-        self._attempt(lambda client: self._sync(client, tables))
+        self._attempt(lambda client: self._sync(client, [*training, *others]))
 
     def describe(self, tags: dict[str, str]) -> None:
         """Set tags."""
@@ -153,7 +154,7 @@ class MlflowLogger:
         )
         self._run_id = run.info.run_id
         self._experiment.run_dir.mkdir(parents=True, exist_ok=True)
-        (self._experiment.run_dir / RUN_ID).write_text(self._run_id + "\n")
+        replace_text(self._experiment.run_dir / RUN_ID, self._run_id + "\n")
         self._log_params(client)
 
     def _parent(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Complete an experiment's MLflow run: all metrics, results, artifacts, and the DVC hashes of its checkpoints.
+"""What a finished experiment has to show beside its training, in every backend: the curve of imitation, the evaluation.
+MLflow's run is completed as well, with results, artifacts, and the DVC hashes of its checkpoints.
 
-Where the server is away, ``runs/<experiment>/mlflow_behind`` stays until it is made up for: by the next `pi0rl run`,
-sweep or deployment that meets the experiment, though all its stages are done, or by `pi0rl report`.
+Where MLflow's server is away, ``runs/<experiment>/mlflow_behind`` stays until it is made up for: by the next
+`pi0rl run`, sweep or deployment that meets the experiment, though all its stages are done, or by `pi0rl report`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pi0rl.experiment import Experiment
 from pi0rl.tracking.datasets import datasets
-from pi0rl.tracking.loggers import Table
+from pi0rl.tracking.loggers import Loggers, Table, open_loggers
 from pi0rl.tracking.metrics import read_table
 from pi0rl.tracking.mlflow_logger import MlflowLogger
 
@@ -23,19 +25,34 @@ BEHIND = "mlflow_behind"
 
 
 def publish(experiment: Experiment) -> None:
-    """Bring the MLflow run up to date with the files of a finished experiment, and mark it finished.
+    """Bring the backends of ``runner.logger.logger_backends`` up to date with the files of a finished experiment.
 
-    Does nothing where ``runner.logger.logger_backends`` leaves mlflow out.
+    Raises:
+        UserError: one of them needs a package that is not installed.
     """
-    if "mlflow" not in experiment.params.runner.logger.logger_backends:
-        return
-    logger = MlflowLogger(experiment)
+    _send(experiment, open_loggers(experiment))
+
+
+def catch_up(experiment: Experiment) -> None:
+    """Complete the MLflow run of an experiment whose report was made while the server was away; nothing otherwise."""
+    if (experiment.run_dir / BEHIND).is_file():
+        _send(experiment, Loggers([MlflowLogger(experiment)]))
+
+
+def _send(experiment: Experiment, loggers: Loggers) -> None:
     results = json.loads((experiment.report_dir / "results.json").read_text())
-    tables = [
-        _table(experiment.stage_dir(stage) / name)
-        for stage, name in (("sft", "metrics.csv"), ("train", "metrics.csv"), ("train", "timing.csv"))
-    ]
-    logger.sync([*tables, {0: evaluation_metrics(results["rows"])}])
+    train = experiment.stage_dir("train")
+    imitation = _table(experiment.stage_dir("sft") / "metrics.csv")
+    evaluation: Table = {0: evaluation_metrics(results["rows"])}
+    loggers.sync([_table(train / "metrics.csv"), _table(train / "timing.csv")], [imitation, evaluation])
+    for logger in loggers:
+        if isinstance(logger, MlflowLogger):
+            _complete(experiment, logger, results)
+    loggers.close(failed=False)
+
+
+def _complete(experiment: Experiment, logger: MlflowLogger, results: dict[str, Any]) -> None:
+    """Give the MLflow run all but its metrics, and mark it finished."""
     hashes = dvc_hashes(experiment)
     logger.describe({f"dvc.{stage}": digest for stage, digest in hashes.items()})
     if "protocol" in results:
@@ -49,12 +66,6 @@ def publish(experiment: Experiment) -> None:
         (experiment.run_dir / BEHIND).touch()
     else:
         (experiment.run_dir / BEHIND).unlink(missing_ok=True)
-
-
-def catch_up(experiment: Experiment) -> None:
-    """Publish an experiment whose report was made while the server was away; nothing otherwise."""
-    if (experiment.run_dir / BEHIND).is_file():
-        publish(experiment)
 
 
 def evaluation_metrics(rows: Sequence[dict[str, object]]) -> dict[str, float]:

@@ -34,11 +34,14 @@ class SwanlabLogger:
         )
         self._sent = -1
 
-    def sync(self, tables: Sequence[Table]) -> None:
-        """Send the rows after the last sent step."""
-        for step, values in rows_after(tables, self._sent):
+    def sync(self, training: Sequence[Table], others: Sequence[Table] = ()) -> None:
+        """Send the rows after the last sent step; SwanLab counts every metric's steps by themselves."""
+        for step, values in rows_after(training, self._sent):
             self._run.log(values, step=step)
             self._sent = step
+        for table in others:
+            for step, values in table.items():
+                self._run.log(values, step=step)
 
     def close(self, failed: bool) -> None:
         """End the run."""

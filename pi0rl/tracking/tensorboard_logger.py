@@ -20,14 +20,20 @@ class TensorboardLogger:
         self._writer = SummaryWriter(str(folder))
         self._sent = -1
 
-    def sync(self, tables: Sequence[Table]) -> None:
+    def sync(self, training: Sequence[Table], others: Sequence[Table] = ()) -> None:
         """Write the rows after the last written step."""
-        for step, values in rows_after(tables, self._sent):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for step, values in rows_after(training, self._sent):
+            self._write(step, values)
             self._sent = step
+        for table in others:
+            for step, values in table.items():
+                self._write(step, values)
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
         """Close the event file."""
         self._writer.close()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)

@@ -44,11 +44,22 @@ class WandbLogger:
         )
         self._sent = self._run.step - 1
 
-    def sync(self, tables: Sequence[Table]) -> None:
-        """Send the rows after the last sent step."""
-        for step, values in rows_after(tables, self._sent):
-            self._run.log(values, step=step)
-            self._sent = step
+    def sync(self, training: Sequence[Table], others: Sequence[Table] = ()) -> None:
+        """Send the rows after the last sent step.
+
+        W&B's steps grow over all metrics: the rows of ``others`` come after training's, and hold their own step as
+        ``sft/step`` or ``eval/step``, over which their charts are drawn.
+        """
+        rows = list(rows_after(training, -1))
+        for table in filter(None, others):
+            group = next(iter(next(iter(table.values())))).partition("/")[0]
+            self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+            for own_step, values in table.items():
+                rows.append((rows[-1][0] + 1 if rows else 0, {**values, f"{group}/step": own_step}))
+        for step, values in rows:
+            if step > self._sent:
+                self._run.log(values, step=step)
+                self._sent = step
 
     def close(self, failed: bool) -> None:
         """End the run."""
