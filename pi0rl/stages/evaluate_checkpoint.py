@@ -21,6 +21,7 @@ from pi0rl.evaluation.protocols import protocol_named
 from pi0rl.evaluation.table import episode_table, write_episode_table
 from pi0rl.files import replace_directory
 from pi0rl.libero.plan import Split
+from pi0rl.machine import this_machine
 from pi0rl.params import ClusterParams
 from pi0rl.policy.sampling import SamplerConfig
 from pi0rl.report.tables import result_lines, summarise
@@ -94,7 +95,8 @@ def run(request: Request) -> None:
     results = result_lines(summarise(table), exam.protocol)
     with replace_directory(output) as folder:
         write_episode_table(table, folder / "episodes.parquet")
-        (folder / "evaluation.json").write_text(json.dumps(described, indent=2) + "\n")
+        made_with = {"commit": str(provenance.commit(Path(__file__).parents[2])), "machine": asdict(this_machine())}
+        (folder / "evaluation.json").write_text(json.dumps(described | made_with, indent=2) + "\n")
         (folder / "results.md").write_text("\n".join(results) + "\n")
         if (journal.folder / "videos").is_dir():
             shutil.copytree(journal.folder / "videos", folder / "videos")
