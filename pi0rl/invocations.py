@@ -46,6 +46,8 @@ class Invocation:
 def recorded(folder: Path, origin: str, repository: Path) -> Iterator[None]:
     """Record the block as an invocation of the stage that writes ``folder``, in ``folder/timing.json`` when it is done.
 
+    A folder that then has its record was not made in the block: the stage found it finished, and the record stays.
+
     Args:
         folder: the stage's; it is there when the block is done.
         origin: names what the stage is made from. Earlier invocations count only if they were of the same.
@@ -78,7 +80,8 @@ def recorded(folder: Path, origin: str, repository: Path) -> Iterator[None]:
         done.set()
         beating.join()
         save()
-    _write(folder / FILE, [asdict(each) for each in so_far()])
+    if not (folder / FILE).exists():
+        _write(folder / FILE, [asdict(each) for each in so_far()])
     unfinished.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,9 @@ def test_an_interrupted_stage_counts_all_its_invocations(clock: Clock, tmp_path:
     assert [each.seconds for each in taken] == [40.0, 25.0, 10.0]
     assert {(each.machine, each.commit) for each in taken} == {(MACHINE, COMMIT)}
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    spend(clock, folder, 0.1)  # found finished
+    assert read_invocations(folder) == taken
+    shutil.rmtree(folder)
     spend(clock, folder, 5.0)  # made again: a run of its own
     assert [each.seconds for each in read_invocations(folder)] == [5.0]
 

@@ -58,7 +58,7 @@ class Run:
 
     Attributes:
         directory: the folder of the run.
-        demos_dir, sft_dir: what ``demos``, and ``sft`` or ``fetch``, left; points of a sweep share them.
+        sft_dir: what ``sft`` or ``fetch`` left; points of a sweep share it.
         protocol: under which the episodes were played; that of the params.
         params: its frozen params.
         params_text: the text of their file.
@@ -71,7 +71,6 @@ class Run:
     """
 
     directory: Path
-    demos_dir: Path
     sft_dir: Path
     protocol: Protocol
     params: Params
@@ -105,11 +104,11 @@ def read_run(directory: Path) -> Run:
             f"{table}: played under protocol {played}, expected {exam.protocol.hash}, that of {params_file}; run "
             "`pi0rl evaluate` again"
         )
-    folders = {stage: _stage_dir(directory, stage) for stage in STAGES}
+    stages = STAGES if params.fetch is None else STAGES[1:]
+    folders = {stage: _stage_dir(directory, stage) for stage in stages}
     timing = _read_csv(directory / "train" / "timing.csv")
     return Run(
         directory=directory,
-        demos_dir=folders["demos"],
         sft_dir=folders["sft"],
         protocol=exam.protocol,
         params=params,
