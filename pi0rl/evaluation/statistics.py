@@ -132,7 +132,8 @@ def compare(episodes: pd.DataFrame, before: str, after: str) -> PairedTest:
         )
     whole = (paired[0]["error"].to_numpy(str) == "") & (paired[1]["error"].to_numpy(str) == "")
     states = paired[0].reset_index().groupby(STATE_KEY).ngroup().to_numpy()
-    return mcnemar(*(rows["success_once"].to_numpy(bool)[whole] for rows in paired), states[whole])
+    first, second = (rows["success_once"].to_numpy(bool)[whole] for rows in paired)
+    return mcnemar(first, second, states[whole])
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
