@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
 from pi0rl import __version__
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment, freeze, open_experiment, project_root, resolve
-from pi0rl.files import replace_text
+from pi0rl.experiment import Experiment, decided_by, freeze, open_experiment, project_root, resolve
+from pi0rl.invocations import recorded
+from pi0rl.params import different_suites
 from pi0rl.processes import Interrupted, die_with_parent, raise_on_signals, run_child, stop_descendants
 from pi0rl.sweeps import Point
 
@@ -192,7 +190,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     standalone.run(
         standalone.Request(
             checkpoint=options.checkpoint,
-            suites=standalone.words(options.suites),
+            suites=_suites(standalone.words(options.suites)),
             protocol=options.protocol,
             overrides=tuple(options.overrides),
             split=options.split,
@@ -201,6 +199,13 @@ def _evaluate(options: argparse.Namespace) -> None:
             workers=options.workers or standalone.default_workers(),
         )
     )
+
+
+def _suites(names: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return different_suites(names)
+    except ValueError as error:
+        raise UserError(f"--suites {','.join(names)}: {error}") from error
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -298,13 +303,14 @@ def _stage(options: argparse.Namespace) -> None:
     if options.command == "resolve":
         return
     stage = import_module(f"pi0rl.stages.{options.command}")  # heavy imports only for those who run a stage
-
-    started, clock = datetime.now(UTC), time.monotonic()
-    stage.run(experiment)
-    folder = experiment.stage_dir("sft" if options.command == "fetch" else options.command)
-    if folder.is_dir():
-        timing = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 1)}
-        replace_text(folder / "timing.json", json.dumps(timing) + "\n")
+    if options.command == "report":
+        stage.run(experiment)
+    else:
+        folder = experiment.stage_dir("sft" if options.command == "fetch" else options.command)
+        made_from = [name for name in experiment.stages if name not in ("resolve", "report")]
+        made_from = made_from[: made_from.index(options.command) + 1]
+        with recorded(folder, decided_by(experiment, made_from), experiment.root):
+            stage.run(experiment)
     if "DVC_STAGE" not in os.environ:
         dvc = str(Path(sys.executable).parent / "dvc")
         done = [experiment.address(stage) for stage in experiment.stages if stage in ("resolve", options.command)]

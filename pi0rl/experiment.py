@@ -7,8 +7,11 @@ with the stages of the project's dvc.yaml. So DVC alone decides what is stale, f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +146,12 @@ def stage_params(experiment: Experiment, stage: str) -> dict[str, Any]:
     leaves = _leaves(experiment.params.model_dump(mode="json"))
     named = [key for entry in entries for keys in entry.values() for key in keys]
     return {leaf: value for leaf, value in leaves.items() if any(f"{leaf}.".startswith(f"{key}.") for key in named)}
+
+
+def decided_by(experiment: Experiment, stages: Sequence[str]) -> str:
+    """8 hex digits over the params that decide what ``stages`` make, as dvc.yaml names them."""
+    text = json.dumps([stage_params(experiment, stage) for stage in stages], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def changed_params(experiment: Experiment) -> tuple[str, ...]:

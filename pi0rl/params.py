@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
@@ -28,6 +28,16 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def different_suites(suites: tuple[str, ...]) -> tuple[str, ...]:
+    """The same suites; raises ValueError where one stands twice, as its episodes would count twice."""
+    if twice := [suite for number, suite in enumerate(suites) if suite in suites[:number]]:
+        raise ValueError(f"names {twice[0]} twice; expected each suite once")
+    return suites
+
+
+Suites = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(different_suites)]
 
 
 STRICT = ConfigDict(extra="forbid")
@@ -354,7 +364,7 @@ class Params(Section):
     """An experiment."""
 
     seed: NonNegative = 0
-    suites: tuple[str, ...] = Field(default=("libero_object",), min_length=1)
+    suites: Suites = ("libero_object",)
     fetch: FetchParams | None = None
     demos: DemosParams = DemosParams()
     sft: SftParams = SftParams()

@@ -7,7 +7,6 @@ of the params they read, and run once.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment, open_experiment, project_root, stage_params
+from pi0rl.experiment import Experiment, decided_by, open_experiment, project_root
 from pi0rl.params import explain
 
 Overrides = dict[str, Any]
@@ -185,7 +184,7 @@ def experiments(name: str, sweep: Sweep, point: Point) -> tuple[Experiment, ...]
     for stage in own.stages:
         if stage in ("demos", "fetch", "sft"):
             output = "demos" if stage == "demos" else "sft"
-            folder = f"sweeps/{name}/shared-{output}-{_decided_by(own, own.stages[: own.stages.index(stage) + 1])}"
+            folder = f"sweeps/{name}/shared-{output}-{decided_by(own, own.stages[: own.stages.index(stage) + 1])}"
             folders[f"{output}_dir"] = own.root / "runs" / folder / output
             run_dir = own.root / "runs" / folder
             shared.append(
@@ -219,12 +218,6 @@ def workers_of(experiment: Experiment) -> int:
     """Cores that an experiment keeps busy: its most numerous workers."""
     params = experiment.params
     return max(params.demos.workers, params.env.train.workers, params.env.eval.workers)
-
-
-def _decided_by(experiment: Experiment, stages: tuple[str, ...]) -> str:
-    """A hash of the params that decide what ``stages`` make, as dvc.yaml names them."""
-    text = json.dumps([stage_params(experiment, stage) for stage in stages], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _read_overrides(texts: Sequence[str]) -> Overrides:

@@ -68,6 +68,13 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return _outside_code(markdown, lambda text: _LINK.sub(rewritten, text))
 
 
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+    """Say of pages in Chinese that they are; the theme knows one language for all."""
+    if page.file.src_uri.endswith(".zh-CN.md"):
+        return output.replace('<html lang="en"', '<html lang="zh-CN"', 1)
+    return output
+
+
 def _source(uri: str) -> str:
     """The file in the repository that a page of the site is made from."""
     return {page: source for source, page in HOMES.items()}.get(uri, f"docs/{uri}")

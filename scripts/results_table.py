@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pi0rl.report.tables import SuiteResult, p_value, suite_cell
+
 REPORTS = Path(__file__).parents[1] / "reports"
 COMMANDS = {
     "quickstart": "`pi0rl run quickstart`",
@@ -22,10 +24,11 @@ def sweep_points() -> dict[str, str]:
 def row(name: str, command: str) -> str:
     """One report: success before and after, what changed, and the command that made it."""
     results = json.loads((REPORTS / name / "results.json").read_text())
-    before, after = (next(r for r in results["rows"] if (r["policy"] == "sft") is sft) for sft in (True, False))
-    shares = [f"{entry['k'] / entry['n']:.0%} ({entry['k']}/{entry['n']})" for entry in (before, after)]
-    gained, lost, p = results["gained"], results["lost"], results["mcnemar_p"]
-    return f"| {command} | {after['suite']} | {shares[0]} | {shares[1]} | {gained} | {lost} | {p:.1e} |"
+    rows = [SuiteResult(**entry) for entry in results["rows"]]
+    before, after = (next(each for each in rows if (each.policy == "sft") is sft) for sft in (True, False))
+    cells = [command, after.suite, suite_cell(before), suite_cell(after)]
+    cells += [str(results["gained"]), str(results["lost"]), p_value(results["mcnemar_p"])]
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:

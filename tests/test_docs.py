@@ -40,6 +40,11 @@ def test_the_site_asks_nothing_of_other_servers(site: Path) -> None:
     assert not any("@import" in sheet.read_text() for sheet in site.rglob("*.css"))
 
 
+def test_pages_say_their_language(site: Path) -> None:
+    for page, language in (("index.html", "en"), ("index.zh-CN.html", "zh-CN"), ("quickstart.zh-CN.html", "zh-CN")):
+        assert re.findall(r"<html[^>]* lang=\"([^\"]+)\"", (site / page).read_text()) == [language]
+
+
 def test_pages_link_to_files_that_git_holds() -> None:
     # A file that only this checkout has builds here, and nowhere else.
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)

@@ -31,6 +31,7 @@ from pi0rl.policy.checkpoints import save_policy
 from pi0rl.policy.config import TINY
 from pi0rl.policy.policy import create_policy
 from pi0rl.policy.processing import mean_std, tiny_processing
+from pi0rl.report.tables import p_value
 from pi0rl.stages.compare import read_evaluation
 
 SMALL = protocol_named(
@@ -265,6 +266,7 @@ def test_an_experiment_may_be_judged_on_both_splits_with_several_seeds(tmp_path:
         (("quickstart", "--checkpoint", "x"), "quickstart and --checkpoint exclude one another"),
         (("--checkpoint", "x", "--protocol", "opnpi"), "--protocol opnpi: unknown"),
         (("--checkpoint", "x", "--suites", "libero_objct"), "did you mean 'libero_object'?"),
+        (("--checkpoint", "x", "--suites", "libero_10,libero_10"), "names libero_10 twice; expected each suite once"),
         (("--checkpoint", "x", "--seeds", "1,1"), "--seeds 1,1: expected different whole numbers"),
         (("--checkpoint", "x", "--set", "episodes_per_task=51"), "init states 0 to 50 asked for"),
         (("--checkpoint", "x", "--set", "instructions=other"), "--set instructions=other: expected own or permuted"),
@@ -353,7 +355,7 @@ def test_evaluations_of_one_protocol_are_compared_episode_by_episode(
     assert test.n == 40
     needed = episodes_to_separate(test.gained / 40, test.lost / 40)
     line = f"| strong | official init states | Object | {100 * (test.gained - test.lost) / 40:+.1f} "
-    assert f"{line}| {test.gained} | {test.lost} | {test.p:.2g} | {test.p:.2g} | {needed} |" in text
+    assert f"{line}| {test.gained} | {test.lost} | {p_value(test.p)} | {p_value(test.p)} | {needed} |" in text
     assert text.index("| weak | official") < text.index("| strong | official")  # the one given first is the base
     other_exam = _evaluated(tmp_path / "other", 0.9, replace(SMALL, settle_steps=3))
     assert main(["compare", str(weak), str(other_exam)]) == 2

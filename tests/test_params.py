@@ -181,6 +181,11 @@ def test_spread_weights_do_not_go_with_everything(tmp_path: Path, other: str) ->
         load_params(_written(tmp_path, text % (other, "true")))
 
 
+def test_a_suite_counts_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="suites: names libero_10 twice; expected each suite once"):
+        load_params(_written(tmp_path, "suites: [libero_10, libero_goal, libero_10]"))
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,9 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from browser import open_page
+from browser import require_readable
 
 from pi0rl.errors import UserError
+from pi0rl.evaluation.protocols import experiment_protocol
+from pi0rl.evaluation.statistics import wilson_interval
 from pi0rl.params import load_params
 from pi0rl.provenance import Commit, commit
 from pi0rl.report.changes import params_changes
@@ -26,7 +27,7 @@ from pi0rl.report.inputs import read_run
 from pi0rl.report.page import write_report
 from pi0rl.report.plots import inline, learning_charts
 from pi0rl.report.seeds import sibling_runs, summarise_seeds
-from pi0rl.report.tables import FAILURE_KINDS, suite_label, summarise
+from pi0rl.report.tables import ALL_SUITES, FAILURE_KINDS, suite_label, summarise
 from pi0rl.report.videos import choose_failures
 
 _OBJECTS = ("alphabet soup", "cream cheese", "salad dressing", "bbq sauce", "ketchup")
@@ -40,8 +41,7 @@ def make_run(run: Path, episodes_per_task: int = 10, seconds: float = 100.0) -> 
     """A run folder as the stages leave it: two suites of ten tasks, better on one, worse on the other."""
     for stage in ("demos", "sft", "train", "evaluate"):
         (run / stage).mkdir(parents=True)
-        started = "2025-01-01T10:00:00+00:00"
-        (run / stage / "timing.json").write_text(json.dumps({"seconds": seconds, "started": started}))
+        write_record(run / stage, seconds)
     (run / "params.yaml").write_text(_PARAMS.format(episodes_per_task=episodes_per_task))
     for stage in ("sft", "train"):
         (run / stage / "policy").mkdir()
@@ -49,6 +49,14 @@ def make_run(run: Path, episodes_per_task: int = 10, seconds: float = 100.0) -> 
     _write_curves(run)
     _episodes(run, episodes_per_task).to_parquet(run / "evaluate" / "episodes.parquet")
     return run
+
+
+def write_record(folder: Path, *seconds: float, gpus: tuple[str, ...] = (), commit: str = "0123abcd") -> None:
+    """What a stage took, as `pi0rl.invocations` writes it."""
+    machine = {"cores": 3, "cpu": "a processor", "gpus": gpus, "renderer": "egl: a renderer"}
+    made_with = {"machine": machine, "commit": {"hash": commit, "dirty": False}, "versions": {"torch": "2.13.0"}}
+    entries = [{"started": "2025-01-01T10:00:00+00:00", "seconds": each} | made_with for each in seconds]
+    (folder / "timing.json").write_text(json.dumps(entries))
 
 
 def _write_curves(run: Path) -> None:
@@ -74,6 +82,7 @@ def _write_curves(run: Path) -> None:
 
 def _episodes(run: Path, episodes_per_task: int) -> pd.DataFrame:
     rng = np.random.default_rng(1)
+    protocol = experiment_protocol(load_params(run / "params.yaml")).hash
     rows = []
     for policy, rates in _RATES.items():
         index = 0
@@ -88,7 +97,7 @@ def _episodes(run: Path, episodes_per_task: int) -> pd.DataFrame:
                     rows.append(
                         {
                             "policy": policy,
-                            "protocol": "0123456789ab",
+                            "protocol": protocol,
                             "split": "held_out",
                             "seed": 1000,
                             "index": index,
@@ -239,6 +248,7 @@ def test_seeds_that_start_from_one_policy_count_it_once(run: Path, tmp_path: Pat
         read_run(folder) for folder in (first, *sibling_runs(load_params(first / "params.yaml"), tmp_path / "runs"))
     ]
     assert [each.sft_dir for each in runs] == [tmp_path / "runs" / "shared" / "sft"] * 2
+    assert [stage.label for stage in runs[0].stages] == ["demos", "sft (shared)", "train", "evaluate"]
     summary, alone = summarise_seeds(runs), summarise_seeds([runs[0], replace(runs[1], sft_dir=runs[1].directory)])
     assert summary is not None
     assert alone is not None
@@ -282,18 +292,56 @@ def test_a_regression_is_marked_with_what_its_test_says(run: Path, report: Path)
     assert f"{worse.lost} lost, p = " in (report / "report.md").read_text()
 
 
-def test_energy_takes_the_power_that_the_gpus_drew(run: Path, tmp_path: Path) -> None:
+def test_energy_takes_the_power_that_the_gpus_drew_and_every_invocation(run: Path, tmp_path: Path) -> None:
     with_gpus = tmp_path / "run"
     shutil.copytree(run, with_gpus)
+    write_record(with_gpus / "train", 7200.0, 3600.0, gpus=("a GPU", "a GPU"))
     timing = pd.read_csv(run / "train" / "timing.csv")
     for gpu, watts in enumerate((300.0, 500.0)):
         timing[f"system/gpu_{gpu}_utilization_percentage"] = 90.0
         timing[f"system/gpu_{gpu}_power_usage_watts"] = watts
     timing.to_csv(with_gpus / "train" / "timing.csv", index=False)
-    (energy,) = [cost for cost in throughput(read_run(with_gpus)) if cost.name.startswith("Energy")]
-    assert energy.name == "Energy, roughly (10 W per core, 400 W per GPU as measured in training)"
-    cores = os.cpu_count() or 1
-    assert energy.value == f"{400 / 3600 * (10 * cores + 800) / 1000:,.2g} kWh"
+    costs = {cost.name: cost.value for cost in throughput(read_run(with_gpus))}
+    energy = 300 / 3600 * 30 + 3 * 830  # Wh
+    assert costs["Energy, roughly (10 W per core, 400 W per GPU as measured in training)"] == f"{energy / 1000:.2g} kWh"
+    assert costs["Machine hours"] == "0.08 on 3 cores, 3.00 on 3 cores and 2 GPUs"
+    assert costs["Training, environment steps per second"] == f"{20 * 8000 / 10800:.0f}"
+
+
+def test_a_time_that_was_recorded_for_the_last_invocation_alone_is_made_good(run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "run"
+    shutil.copytree(run, old)
+    (old / "train" / "timing.json").write_text('{"started": "2025-01-01T10:00:00+00:00", "seconds": 12.0}')
+    pd.DataFrame({"iteration": range(20), "time/step": 30.0}).to_csv(old / "train" / "timing.csv", index=False)
+    read = read_run(old)
+    assert {stage.stage: stage.seconds for stage in read.stages}["train"] == 600.0
+    costs = {cost.name.partition(",")[0]: cost.value for cost in throughput(read)}
+    assert costs["Machine hours"].endswith("0.17 on a machine that is not recorded")
+    assert "Energy" not in costs
+
+
+def test_a_report_says_with_what_each_stage_was_made(run: Path, report: Path, tmp_path: Path) -> None:
+    assert "git checkout 0123abcd\n" in (report / "index.html").read_text()
+    text = (report / "report.md").read_text()
+    assert "| demos, sft, train, evaluate | made with |\n|---|---|\n| commit | 0123abcd |\n" in text
+    assert "| renderer | egl: a renderer |" in text
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    write_record(moved / "train", 100.0, commit="4567cdef")
+    write_report(moved, tmp_path / "report", "moved")
+    page, text = ((tmp_path / "report" / name).read_text() for name in ("index.html", "report.md"))
+    assert "git checkout" not in page
+    assert "| demos, sft, evaluate | made with |\n|---|---|\n| commit | 0123abcd |" in text
+    assert "| train | made with |\n|---|---|\n| commit | 4567cdef |" in text
+
+
+def test_episodes_of_another_protocol_than_the_params_are_refused(run: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "run"
+    shutil.copytree(run, changed)
+    with (changed / "params.yaml").open("a") as params:
+        params.write("env: {settle_steps: 20}\n")
+    with pytest.raises(UserError, match=r"episodes\.parquet: played under protocol .*, that of .*params\.yaml"):
+        read_run(changed)
 
 
 def test_params_are_compared_with_the_nearest_file(tmp_path: Path) -> None:
@@ -360,6 +408,29 @@ def test_summary_orders_as_the_published_table(run: Path) -> None:
     assert (summary.headline.after, summary.headline.split) == ("ppo", "held_out")
 
 
+def test_all_suites_together_are_a_family_of_tests_and_their_change_is_that_of_the_means(run: Path) -> None:
+    episodes = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    unequal = episodes[(episodes["suite"] != "libero_spatial") | (episodes["task_id"] < 3)]
+    both = summarise(pd.concat([unequal, unequal.assign(split="official")]))
+    of_all = [c for c in both.comparisons if c.suite == ALL_SUITES]
+    assert [c.holm_p for c in of_all] == [pytest.approx(min(1.0, 2 * c.mcnemar_p)) for c in of_all]
+    assert both.headline is not None
+    before, after = (both.mean(policy, "held_out").rate for policy in ("sft", "ppo"))
+    assert both.headline.change == pytest.approx(after - before)
+    assert both.headline.change != pytest.approx((both.headline.gained - both.headline.lost) / both.headline.n)
+
+
+def test_the_plays_of_an_init_state_under_several_seeds_count_together(run: Path) -> None:
+    once = pd.read_parquet(run / "evaluate" / "episodes.parquet")
+    alone, again = summarise(once), summarise(pd.concat([once, once.assign(seed=1001)]))
+    for row in alone.rows:
+        same = again.row(row.policy, row.split, row.suite)
+        assert same.n == 2 * row.n
+        assert same.wilson == pytest.approx(row.wilson)
+        assert row.wilson == pytest.approx(wilson_interval(row.k, row.n))
+    assert [c.mcnemar_p for c in again.comparisons] == pytest.approx([c.mcnemar_p for c in alone.comparisons])
+
+
 def test_commit_is_that_of_the_repository_itself_and_reports_do_not_make_it_dirty(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -380,8 +451,5 @@ def test_commit_is_that_of_the_repository_itself_and_reports_do_not_make_it_dirt
 
 
 def test_chromium_opens_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:
-    page = (report / "index.html").as_uri()
-    done = open_page(page, tmp_path / "profile", "--window-size=390,844", "--virtual-time-budget=2000")
-    assert "CONSOLE" not in done.stderr, done.stderr
-    # The script ran: it wrote the label of the theme button.
-    assert re.search(r'<button id="theme"[^>]*aria-label="Switch to', done.stdout)
+    for scheme in ("light", "dark"):
+        require_readable(report / "index.html", tmp_path, scheme)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -319,6 +320,15 @@ def test_non_finite_steps_are_skipped_and_reported() -> None:
     assert report.metrics["actor/skipped_steps"] == len(report.steps)
     assert optimizer.steps == 0
     assert torch.equal(toy.mean, torch.zeros_like(toy.mean))
+
+
+def test_what_an_update_has_no_samples_of_is_not_reported() -> None:
+    config = settings_for()
+    toy, batch, optimizer = toy_problem(config)
+    report = update(toy.evaluate, batch.rows(torch.arange(0)), optimizer, config, iteration=0)
+    assert report.metrics["actor/optimizer_steps"] == 0.0
+    assert all(math.isfinite(value) for value in report.metrics.values())
+    assert not {"actor/first_ratio_error", "actor/grad_norm", "actor/lr"} & report.metrics.keys()
 
 
 def test_critic_warm_up_leaves_the_actor_alone() -> None:

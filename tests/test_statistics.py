@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +19,9 @@ from pi0rl.evaluation.statistics import (
     compare,
     episodes_to_separate,
     holm,
+    independent_episodes,
     mcnemar,
+    mcnemar_power,
     wilson_interval,
 )
 
@@ -41,6 +45,35 @@ def test_mcnemar_is_that_of_statsmodels(both: int, gained: int, lost: int, neith
 def test_mcnemar_refuses_arrays_that_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="equal shapes"):
         mcnemar([True], [True, False])
+
+
+def test_pairs_from_one_state_share_a_coin() -> None:
+    rng = np.random.default_rng(2)
+    before, after = rng.random((2, 8, 3)) < [[[0.3]], [[0.7]]]
+    states = np.repeat(np.arange(8), 3)
+    test = mcnemar(before.ravel(), after.ravel(), states)
+    net = (after.astype(int) - before).sum(axis=1)
+    flipped = [abs(np.dot(net, signs)) >= abs(net.sum()) for signs in product((-1, 1), repeat=8)]
+    assert test.p == pytest.approx(np.mean(flipped), abs=1e-12)
+    assert (test.gained - test.lost, test.n) == (net.sum(), 24)
+    # The same episodes over again prove nothing more.
+    once, repeated = (np.tile(each[:, 0], 5) for each in (before, after)), np.tile(np.arange(8), 5)
+    assert mcnemar(*once, repeated).p == pytest.approx(mcnemar(before[:, 0], after[:, 0]).p, abs=1e-12)
+
+
+def test_episodes_from_one_state_are_worth_fewer() -> None:
+    ones = np.ones(200, int)
+    assert independent_episodes(np.arange(200) % 2, ones) == 200
+    assert independent_episodes(5 * (np.arange(200) % 2), 5 * ones) == 200  # every state decides all its episodes
+    assert independent_episodes(0 * ones, 5 * ones) == 200
+    rng = np.random.default_rng(0)
+    many = np.full(5000, 5)
+    assert independent_episodes(rng.binomial(many, 0.4), many) == pytest.approx(25_000, rel=0.05)  # decides nothing
+    # Half and half: as wide as the standard error over states says.
+    rates = rng.binomial(5, rng.random(200)) / 5
+    low, high = wilson_interval(rates.mean() * (n := independent_episodes((5 * rates).astype(int), 5 * ones)), n)
+    assert high - low == pytest.approx(2 * 1.96 * rates.std() / np.sqrt(200), rel=0.02)
+    assert 200 < n < 1000
 
 
 @pytest.mark.parametrize("p_values", [[0.01, 0.04, 0.03, 0.5], [0.04, 0.04], [1e-7], [0.9, 0.01, 0.01, 1.0, 0.2]])
@@ -75,18 +108,32 @@ def test_bootstrap_covers_the_choice_of_tasks_and_of_seeds() -> None:
     assert bootstrap_mean(both, seed=4) == bootstrap_mean(both, seed=4)
 
 
-@pytest.mark.parametrize(("gained", "lost"), [(0.31, 0.03), (0.15, 0.05), (0.03, 0.20)])
-def test_episodes_to_separate_gives_the_power_of_the_exact_test(gained: float, lost: float) -> None:
+@pytest.mark.parametrize(("k", "low", "high"), [(0, 0.0, 0.0188), (20, 0.9812, 1.0)])
+def test_an_interval_of_equal_outcomes_has_a_width(k: int, low: float, high: float) -> None:
+    tasks = _cells(*[(k, 20)] * 10)
+    assert bootstrap_mean({"suite": tasks}, seed=0) == pytest.approx((low, high), abs=1e-4)
+    # Further seeds begin in the same states; further suites do not.
+    assert bootstrap_mean({"suite": tasks.repeat(3, axis=1)}, seed=0) == bootstrap_mean({"suite": tasks}, seed=0)
+    of_four = bootstrap_mean(dict.fromkeys("abcd", tasks), seed=0)
+    assert of_four == pytest.approx(wilson_interval(40 * k, 800), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "known"),
+    [(0.31, 0.03, 34), (0.15, 0.05, 168), (0.03, 0.20, 64), (0.27, 0.02, 36), (0.99, 0.0, 6), (0.8, 0.0, 9)],
+)
+def test_episodes_to_separate_gives_the_power_of_the_exact_test(gained: float, lost: float, known: int) -> None:
     n = episodes_to_separate(gained, lost)
-    assert n is not None
+    assert n == known
     power = 0.0
     for discordant in range(1, n + 1):
         k = np.arange(discordant + 1)
-        rejected = np.array([stats.binomtest(int(i), discordant).pvalue < 0.05 for i in k])
+        chances = stats.binom.pmf(k, discordant, 0.5)
+        rejected = np.array([chances[chances <= chance * (1 + 1e-9)].sum() < 0.05 for chance in chances])
         given = stats.binom.pmf(k, discordant, gained / (gained + lost))
         power += stats.binom.pmf(discordant, n, gained + lost) * given[rejected].sum()
-    # Connor's formula is for the asymptotic test; the exact one is a little weaker.
-    assert 0.70 < power < 0.85
+    assert power == pytest.approx(mcnemar_power(n, gained, lost), abs=1e-9)
+    assert power >= 0.8 > mcnemar_power(n - 1, gained, lost)
 
 
 def test_equal_policies_cannot_be_separated() -> None:
@@ -129,6 +176,14 @@ def test_compare_pairs_by_plan_index_whatever_the_order_of_rows() -> None:
     assert (test.gained, test.lost, test.n) == (2, 1, 4)
     with pytest.raises(UserError, match="different plan indices"):
         compare(table.iloc[:-1], "sft", "ppo")
+
+
+def test_compare_counts_the_plays_of_a_state_together() -> None:
+    once = _table({"sft": [False] * 5, "ppo": [True] * 5})
+    twice = pd.concat([once, once.assign(seed=1001)])
+    assert compare(once, "sft", "ppo").p == pytest.approx(2 / 2**5)
+    assert compare(twice, "sft", "ppo").p == pytest.approx(2 / 2**5)
+    assert compare(twice, "sft", "ppo").gained == 10
 
 
 def test_an_error_is_neither_success_nor_failure() -> None:

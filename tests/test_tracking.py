@@ -241,6 +241,7 @@ def test_alarms_name_what_is_wrong_and_only_that() -> None:
     last = 2 * WINDOW - 1
     assert _kinds(last, metrics, timing) == []
     assert _kinds(last, metrics, timing, actor__loss=float("nan")) == ["not finite"]
+    assert _kinds(0, metrics, timing, actor__loss=float("nan")) == ["not finite"]  # from the first iteration on
     assert _kinds(last, metrics, timing, actor__skipped_steps=2.0) == ["not finite"]
     assert _kinds(last, metrics, timing, actor__approx_kl_k3=0.41) == ["KL"]
     assert _kinds(last, metrics, timing | {last: timing[last] | {"perf/env_slowest": 1.7}}) == ["slow worker"]

@@ -22,7 +22,7 @@ from pi0rl.progress import Progress
 
 # An episode without an outcome is played this often before that is what the table says of it.
 ATTEMPTS = 3
-# Recorded failures per kind and policy, for the gallery of a report.
+# Recorded failures per kind and policy, whatever the suite, for the gallery of a report.
 FAILURES_PER_KIND = 2
 
 # What ``evaluation.split`` and ``--split`` mean; of both, the held-out states come first in every table.
@@ -229,7 +229,7 @@ class _Examination:
         """Failed episodes of ``suites`` that are still to be recorded, so that every kind is shown often enough."""
         rows = sorted(self._rows(), key=lambda row: (row["init_state_id"], row["split"], row["seed"], row["index"]))
         failed = [row for row in rows if row["failure"] and row["suite"] in suites]
-        shown = Counter(row["failure"] for row in failed if row["video"])
+        shown = Counter(row["failure"] for row in rows if row["video"])  # of other suites too
         chosen = []
         for row in failed:
             if not row["video"] and shown[row["failure"]] < self._recording.failures_per_kind:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import pandas as pd
 
+from pi0rl.machine import Machine
 from pi0rl.report.inputs import Run
 
 # Rough shares of a machine's power while it computes (W): a server core with its memory, a data-centre GPU.
@@ -36,10 +37,10 @@ def effort(run: Run) -> tuple[Cost, ...]:
 
 
 def throughput(run: Run) -> tuple[Cost, ...]:
-    """Rates over whole stages, start-up included, and the energy they may have taken.
+    """Rates over whole stages, start-up and interruptions included, and the energy they may have taken.
 
-    The cores are this machine's. The GPUs are those that training saw, at the power they drew then on average, or at
-    WATTS_PER_GPU where the driver did not tell.
+    Cores and GPUs are those of the machines that the stages recorded; the GPUs at the power that they drew in training
+    on average, or at WATTS_PER_GPU where the driver did not tell. Energy is left out where a machine is not known.
     """
     seconds = {stage.stage: stage.seconds for stage in run.stages}
     costs = []
@@ -48,24 +49,27 @@ def throughput(run: Run) -> tuple[Cost, ...]:
         costs.append(Cost("Training, environment steps per second", f"{rate:,.0f}"))
     if seconds.get("evaluate"):
         costs.append(Cost("Evaluation, episodes per minute", f"{60 * len(run.episodes) / seconds['evaluate']:,.1f}"))
-    if seconds:
-        cores = os.cpu_count() or 1
-        hours = sum(seconds.values()) / 3600
-        gpus = len(_gpu_columns(run.timing, "utilization_percentage"))
-        machine = f"{cores} cores" + (f" and {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")
-        costs.append(Cost("Machine hours", f"{hours:,.2f} on {machine}"))
-        drawn = _gpu_columns(run.timing, "power_usage_watts")
-        assumption, watts = f"{WATTS_PER_CORE:.0f} W per core", cores * WATTS_PER_CORE
-        if gpus:
-            per_gpu = float(run.timing[drawn].to_numpy().mean()) if drawn else WATTS_PER_GPU
-            assumption += f", {per_gpu:.0f} W per GPU" + (" as measured in training" if drawn else "")
-            watts += gpus * per_gpu
-        costs.append(Cost(f"Energy, roughly ({assumption})", f"{hours * watts / 1000:,.2g} kWh"))
-    return tuple(costs)
+    hours: dict[Machine | None, float] = {}
+    for stage in run.stages:
+        for invocation in stage.invocations:
+            hours[invocation.machine] = hours.get(invocation.machine, 0.0) + invocation.seconds / 3600
+    if hours:
+        parts = [f"{each:,.2f} on {machine or 'a machine that is not recorded'}" for machine, each in hours.items()]
+        costs.append(Cost("Machine hours", ", ".join(parts)))
+    known = {machine: each for machine, each in hours.items() if machine is not None}
+    return (*costs, _energy(run, known)) if known and len(known) == len(hours) else tuple(costs)
 
 
-def _gpu_columns(timing: pd.DataFrame, what: str) -> list[str]:
-    return [str(column) for column in timing if fnmatchcase(str(column), f"system/gpu_*_{what}")]
+def _energy(run: Run, hours: Mapping[Machine, float]) -> Cost:
+    drawn = [column for column in run.timing if fnmatchcase(str(column), "system/gpu_*_power_usage_watts")]
+    per_gpu = float(run.timing[drawn].to_numpy().mean()) if drawn else WATTS_PER_GPU
+    assumption = f"{WATTS_PER_CORE:.0f} W per core"
+    if any(machine.gpus for machine in hours):
+        assumption += f", {per_gpu:.0f} W per GPU" + (" as measured in training" if drawn else "")
+    watt_hours = sum(
+        each * (machine.cores * WATTS_PER_CORE + len(machine.gpus) * per_gpu) for machine, each in hours.items()
+    )
+    return Cost(f"Energy, roughly ({assumption})", f"{watt_hours / 1000:,.2g} kWh")
 
 
 def training_time(timing: pd.DataFrame) -> tuple[Cost, ...]:

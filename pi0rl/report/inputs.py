@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +13,9 @@ import yaml
 from pi0rl.errors import UserError
 from pi0rl.evaluation.completeness import require_complete
 from pi0rl.evaluation.evaluator import experiment_exam
+from pi0rl.evaluation.protocols import Protocol
 from pi0rl.evaluation.table import read_episode_table
-from pi0rl.files import read_json
+from pi0rl.invocations import Invocation, read_invocations
 from pi0rl.params import Params, load_params
 from pi0rl.tracking.alarms import Alarm
 from pi0rl.tracking.metrics import read_alarms
@@ -22,12 +24,33 @@ STAGES: tuple[str, ...] = ("demos", "sft", "train", "evaluate")
 
 
 @dataclass(frozen=True)
-class StageTime:
-    """Wall time of one stage: seconds, and its start as an ISO 8601 time (empty if not recorded)."""
+class StageRecord:
+    """What one stage took.
+
+    Attributes:
+        stage: its name.
+        shared: whether points of a sweep share it.
+        invocations: one, or more where it was interrupted.
+    """
 
     stage: str
-    seconds: float
-    started: str
+    shared: bool
+    invocations: tuple[Invocation, ...]
+
+    @property
+    def label(self) -> str:
+        """``demos (shared)``."""
+        return f"{self.stage} (shared)" if self.shared else self.stage
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all its invocations."""
+        return sum(invocation.seconds for invocation in self.invocations)
+
+    @property
+    def started(self) -> str:
+        """ISO 8601 time at which it was begun."""
+        return self.invocations[0].started
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,7 @@ class Run:
     Attributes:
         directory: the folder of the run.
         sft_dir: what ``sft`` or ``fetch`` left; points of a sweep share it.
+        protocol: under which the episodes were played; that of the params.
         params: its frozen params.
         params_text: the text of their file.
         episodes: one row per policy and episode (`pi0rl.evaluation.completeness.EPISODE_COLUMNS`), complete.
@@ -44,11 +68,12 @@ class Run:
         timing: ``time/*`` and ``perf/*``, one row per training iteration; empty without training.
         sft_metrics: one row per logged step of imitation; empty without imitation.
         alarms: what training warned of.
-        stages: wall times in the order the stages ran.
+        stages: in the order they ran, those of which a record is left.
     """
 
     directory: Path
     sft_dir: Path
+    protocol: Protocol
     params: Params
     params_text: str
     episodes: pd.DataFrame
@@ -56,33 +81,45 @@ class Run:
     timing: pd.DataFrame
     sft_metrics: pd.DataFrame
     alarms: tuple[Alarm, ...]
-    stages: tuple[StageTime, ...]
+    stages: tuple[StageRecord, ...]
 
 
 def read_run(directory: Path) -> Run:
     """Read a run whose evaluation is finished.
 
     Raises:
-        UserError: params or episode table are missing, or the table supports no conclusion.
+        UserError: params or episode table are missing, or the table supports no conclusion, or is of another protocol
+            than the params.
     """
     table, params_file = directory / "evaluate" / "episodes.parquet", directory / "params.yaml"
     for path, stage in ((params_file, "run"), (table, "evaluate")):
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected the output of an earlier stage; run `pi0rl {stage}` first")
     episodes = read_episode_table(table)
-    params, sft_dir = load_params(params_file), _sft_dir(directory)
-    require_complete(episodes, experiment_exam(params).planned(), source=str(table))
+    params = load_params(params_file)
+    exam = experiment_exam(params)
+    require_complete(episodes, exam.planned(), source=str(table))
+    played = str(episodes["protocol"].iloc[0])
+    if played != exam.protocol.hash:
+        raise UserError(
+            f"{table}: played under protocol {played}, expected {exam.protocol.hash}, that of {params_file}; run "
+            "`pi0rl evaluate` again"
+        )
+    stages = STAGES if params.fetch is None else STAGES[1:]
+    folders = {stage: _stage_dir(directory, stage) for stage in stages}
+    timing = _read_csv(directory / "train" / "timing.csv")
     return Run(
         directory=directory,
-        sft_dir=sft_dir,
+        sft_dir=folders["sft"],
+        protocol=exam.protocol,
         params=params,
         params_text=params_file.read_text(encoding="utf-8"),
         episodes=episodes.sort_values(["policy", "split", "seed", "index"], ignore_index=True),
         metrics=_read_csv(directory / "train" / "metrics.csv"),
-        timing=_read_csv(directory / "train" / "timing.csv"),
-        sft_metrics=_read_csv(sft_dir / "metrics.csv"),
+        timing=timing,
+        sft_metrics=_read_csv(folders["sft"] / "metrics.csv"),
         alarms=tuple(read_alarms(directory / "train" / "alarms.csv")),
-        stages=tuple(_stage_times(directory)),
+        stages=_stage_records(directory, folders, timing),
     )
 
 
@@ -90,20 +127,25 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
 
-def _sft_dir(directory: Path) -> Path:
-    """Where the run's stages look for the SFT policy, as its own dvc.yaml has it."""
+def _stage_dir(directory: Path, stage: str) -> Path:
+    """Where the run's own dvc.yaml has what ``stage`` left."""
     stages = directory / "dvc.yaml"
     if not stages.is_file():  # the project's own experiment
-        return directory / "sft"
+        return directory / stage
     folders = yaml.safe_load(stages.read_text(encoding="utf-8"))["vars"][0]
-    return Path(os.path.normpath(directory / os.path.relpath(folders["sft_dir"], folders["run"])))
+    elsewhere = folders.get(f"{stage}_dir", f"{folders['run']}/{stage}")
+    return Path(os.path.normpath(directory / os.path.relpath(elsewhere, folders["run"])))
 
 
-def _stage_times(directory: Path) -> list[StageTime]:
-    times = []
-    for stage in STAGES:
-        path = directory / stage / "timing.json"
-        if path.is_file():
-            timing = read_json(path, ("seconds",))
-            times.append(StageTime(stage, float(timing["seconds"]), str(timing.get("started", ""))))
-    return times
+def _stage_records(directory: Path, folders: Mapping[str, Path], timing: pd.DataFrame) -> tuple[StageRecord, ...]:
+    records = []
+    for stage, folder in folders.items():
+        if invocations := read_invocations(folder):
+            record = StageRecord(stage, folder.parent != directory, invocations)
+            if stage == "train" and "time/step" in timing:
+                # Earlier versions recorded the last invocation alone; iterations were always timed.
+                missing = max(0.0, float(timing["time/step"].to_numpy().sum()) - record.seconds)
+                last = replace(invocations[-1], seconds=invocations[-1].seconds + missing)
+                record = replace(record, invocations=(*invocations[:-1], last))
+            records.append(record)
+    return tuple(records)

@@ -11,14 +11,23 @@ from pathlib import Path
 from pi0rl import provenance
 from pi0rl.errors import UserError
 from pi0rl.evaluation.evaluator import FAILURES_PER_KIND
-from pi0rl.evaluation.protocols import experiment_protocol
 from pi0rl.files import replace_directory
 from pi0rl.report import plots
 from pi0rl.report.changes import params_changes
 from pi0rl.report.costs import effort, throughput, training_time
 from pi0rl.report.inputs import Run, read_run
+from pi0rl.report.making import makings, one_commit
 from pi0rl.report.seeds import read_siblings, summarise_seeds
-from pi0rl.report.tables import FAILURE_KINDS, Summary, summarise
+from pi0rl.report.tables import (
+    FAILURE_KINDS,
+    POLICY_LABELS,
+    RATES_NOTE,
+    Summary,
+    comparison_lines,
+    comparison_note,
+    result_lines,
+    summarise,
+)
 from pi0rl.report.templates import environment
 from pi0rl.report.videos import Failure, Pair, choose_failures, choose_pairs
 
@@ -32,7 +41,8 @@ def write_report(
     """Write the report of a finished run into a folder, replacing the report that is there.
 
     Everything is derived from the run's files. ``results.json`` is equal for equal runs; what may differ between them
-    (wall times, versions, the commit) is in ``run.json`` and in the last section of ``report.md`` and of the page.
+    (wall times, machines, versions, the commit) is as the stages recorded it, in ``run.json`` and in the last section
+    of ``report.md`` and of the page.
 
     Args:
         run_dir: the folder of the run, ``runs/<experiment>``.
@@ -66,7 +76,7 @@ def results(run: Run, summary: Summary) -> dict[str, object]:
         "comparisons": [asdict(comparison) for comparison in summary.comparisons],
         "regressions": [asdict(comparison) for comparison in summary.regressions],
         "tasks": [asdict(task) for task in summary.tasks],
-        "protocol": experiment_protocol(run.params).hash,
+        "protocol": run.protocol.hash,
         "params_sha256": provenance.text_hash(run.params_text),
         "checkpoints_sha256": provenance.checkpoint_hashes({"sft": run.sft_dir, "train": run.directory / "train"}),
     }
@@ -87,10 +97,10 @@ def _write_files(
     run: Run, siblings: tuple[Run, ...], summary: Summary, folder: Path, experiment: str, params_dir: Path | None
 ) -> None:
     numbers = results(run, summary)
-    facts = _facts(run, experiment)
+    made = makings(run.stages)
     _write_json(folder / "results.json", numbers)
     _write_json(folder / "metrics.json", metrics(summary))
-    _write_json(folder / "run.json", facts)
+    _write_json(folder / "run.json", {"experiment": experiment, "stages": [asdict(stage) for stage in run.stages]})
     pairs, failures = _chosen_videos(run, summary, folder / "videos")
     curves = [(each.sft_metrics, each.metrics) for each in (run, *siblings)]
     charts = {f"tasks_{split}": plots.task_chart(summary.tasks_of(split), summary.policies) for split in summary.splits}
@@ -102,10 +112,15 @@ def _write_files(
     context = {
         "experiment": experiment,
         "summary": summary,
-        "protocol": experiment_protocol(run.params),
+        "protocol": run.protocol,
+        "results_table": "\n".join(result_lines(summary, run.protocol)),
+        "comparison_table": "\n".join(comparison_lines(summary)),
+        "rates_note": RATES_NOTE,
+        "comparison_note": comparison_note(POLICY_LABELS.get(summary.policies[0], summary.policies[0])),
         "seeds": summarise_seeds([run, *siblings]),
         "numbers": numbers,
-        "facts": facts,
+        "makings": made,
+        "commit": one_commit(made),
         "params": run.params_text,
         "changes": params_changes(run.params, params_dir) if params_dir else None,
         "pairs": pairs,
@@ -138,18 +153,6 @@ def _chosen_videos(run: Run, summary: Summary, folder: Path) -> tuple[tuple[Pair
     for side in sides:
         shutil.copyfile(side.video, folder / side.video.name)
     return pairs, failures
-
-
-def _facts(run: Run, experiment: str) -> dict[str, object]:
-    commit = provenance.commit(Path(__file__).resolve().parents[2])
-    return {
-        "experiment": experiment,
-        "commit": commit.hash,
-        "uncommitted_changes": commit.dirty,
-        "code": str(commit),
-        "versions": provenance.versions(),
-        "stages": [asdict(stage) for stage in run.stages],
-    }
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -19,7 +19,7 @@ from matplotlib.typing import RcKeyType
 from pi0rl.report.tables import POLICY_LABELS, TaskResult
 
 # Each colour stands for a variable of the page's style sheet; `inline` swaps them, so charts follow light and dark.
-INK, MUTED, GRID, START, TRAINED, THIRD = "#22272e", "#67707c", "#e3e5e8", "#b86e1c", "#0f7b6c", "#5b5bd6"
+INK, MUTED, GRID, START, TRAINED, THIRD = "#22272e", "#67707c", "#e3e5e8", "#a35f14", "#0f7b6c", "#5b5bd6"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", START: "start", TRAINED: "trained", THIRD: "third"}
 POLICY_COLOURS = {"sft": START, "ppo": TRAINED, "grpo": THIRD}
 _STYLE: dict[RcKeyType, Any] = {

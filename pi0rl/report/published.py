@@ -11,20 +11,33 @@ import numpy as np
 from pi0rl.evaluation.statistics import bootstrap_mean
 from pi0rl.report.tables import BOOTSTRAP_SEED, POLICY_LABELS, SUITE_LABELS
 
-# suite -> training seed -> successes and episodes of every task, int [tasks, 2]
-Counts = dict[str, dict[Hashable, np.ndarray]]
-
 SFT_WEIGHTS = "sft/policy/model.safetensors"
 
 
 @dataclass(frozen=True)
+class Played:
+    """What one training's policy made of a suite: int [tasks, 2], and how many more episodes had no outcome."""
+
+    tasks: np.ndarray
+    errors: int
+
+
+# suite -> training seed -> what was played
+Counts = dict[str, dict[Hashable, Played]]
+
+
+@dataclass(frozen=True)
 class Cell:
-    """Success over seeds, tasks and episodes, with a 95 % hierarchical bootstrap over all three."""
+    """Success over seeds, tasks and episodes, with a 95 % hierarchical bootstrap over all three.
+
+    ``errors`` more episodes ended without an outcome.
+    """
 
     rate: float
     interval: tuple[float, float]
     k: int
     n: int
+    errors: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,8 @@ class PublishedRow:
         setting: what else was varied, empty where nothing was, or where it makes no difference to this policy.
         seeds: how many trainings stand behind every cell, at least.
         cells: suite -> its cell.
-        mean: of the suites, each counted once, over the seeds that all of them have; None without such a seed.
+        mean: of the table's suites, each counted once, over the seeds that all of them have; None where a suite was not
+            played, or no seed played them all: means of different suites would stand in one column.
     """
 
     policy: str
@@ -72,23 +86,21 @@ def published_table(points: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]
     starts: set[tuple[str, str, str]] = set()
     for coordinates, results in points:
         setting = ", ".join(f"{axis} {coordinates[axis]}" for axis in told if axis in coordinates)
-        for policy, of_policy in _counts(results, split).items():
-            for suite, tasks in of_policy.items():
+        for policy, of_policy in _played(results, split).items():
+            for suite, played in of_policy.items():
                 start = (setting, suite, results["checkpoints_sha256"][SFT_WEIGHTS])
                 if policy == "sft":
                     if start in starts:
                         continue  # several seeds began from this one policy
                     starts.add(start)
                 counts.setdefault((policy, setting), {}).setdefault(suite, {}).setdefault(
-                    coordinates.get("seed", 0), tasks
+                    coordinates.get("seed", 0), played
                 )
-    rows = [_row(policy, setting, cells) for (policy, setting), cells in _without_repetition(counts).items()]
+    found = {suite for cells in counts.values() for suite in cells}
+    suites = (*(suite for suite in SUITE_LABELS if suite in found), *sorted(found - set(SUITE_LABELS)))
+    rows = [_row(policy, setting, cells, suites) for (policy, setting), cells in _without_repetition(counts).items()]
     order = [*POLICY_LABELS, *sorted({row.policy for row in rows} - set(POLICY_LABELS))]
-    suites = {suite for row in rows for suite in row.cells}
-    return PublishedTable(
-        suites=(*(suite for suite in SUITE_LABELS if suite in suites), *sorted(suites - set(SUITE_LABELS))),
-        rows=tuple(sorted(rows, key=lambda row: order.index(row.policy))),
-    )
+    return PublishedTable(suites, tuple(sorted(rows, key=lambda row: order.index(row.policy))))
 
 
 def _shown_by_the_table(points: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], axis: str) -> bool:
@@ -106,14 +118,18 @@ def _shown_by_the_table(points: Sequence[tuple[Mapping[str, Any], Mapping[str, A
     return one_value or policies or tells(lambda results: frozenset(row["suite"] for row in results["rows"]))
 
 
-def _counts(results: Mapping[str, Any], split: str) -> dict[str, dict[str, np.ndarray]]:
-    """policy -> suite -> int [tasks, 2]."""
+def _played(results: Mapping[str, Any], split: str) -> dict[str, dict[str, Played]]:
+    """policy -> suite -> what was played."""
+    errors = {(row["policy"], row["split"], row["suite"]): row["errors"] for row in results["rows"]}
     counts: dict[str, dict[str, list[Sequence[int]]]] = {}
     for task in results["tasks"]:
         if task["split"] == split:
             for policy, cell in task["counts"].items():
                 counts.setdefault(policy, {}).setdefault(task["suite"], []).append(cell)
-    return {policy: {suite: np.array(of) for suite, of in suites.items()} for policy, suites in counts.items()}
+    return {
+        policy: {suite: Played(np.array(of), errors[policy, split, suite]) for suite, of in suites.items()}
+        for policy, suites in counts.items()
+    }
 
 
 def _without_repetition(counts: dict[tuple[str, str], Counts]) -> dict[tuple[str, str], Counts]:
@@ -123,34 +139,33 @@ def _without_repetition(counts: dict[tuple[str, str], Counts]) -> dict[tuple[str
         settings = {setting: of for (name, setting), of in counts.items() if name == policy}
         merged: Counts = {}
         equal = True
-        for suite, seed, tasks in (cell for of in settings.values() for cell in _flat(of)):
-            known = merged.setdefault(suite, {}).setdefault(seed, tasks)
-            equal &= np.array_equal(known, tasks)
+        for suite, seed, played in (cell for of in settings.values() for cell in _flat(of)):
+            known = merged.setdefault(suite, {}).setdefault(seed, played)
+            equal &= np.array_equal(known.tasks, played.tasks)
         rows |= {(policy, ""): merged} if equal else {(policy, setting): of for setting, of in settings.items()}
     return rows
 
 
-def _flat(counts: Counts) -> Iterable[tuple[str, Hashable, np.ndarray]]:
-    return ((suite, seed, tasks) for suite, seeds in counts.items() for seed, tasks in seeds.items())
+def _flat(counts: Counts) -> Iterable[tuple[str, Hashable, Played]]:
+    return ((suite, seed, played) for suite, seeds in counts.items() for seed, played in seeds.items())
 
 
-def _row(policy: str, setting: str, counts: Counts) -> PublishedRow:
-    stacked = {suite: np.stack(list(seeds.values()), axis=1) for suite, seeds in counts.items()}
-    cells = {suite: _cell({suite: tasks}) for suite, tasks in stacked.items()}
-    common = set.intersection(*(set(seeds) for seeds in counts.values()))
+def _row(policy: str, setting: str, counts: Counts, suites: tuple[str, ...]) -> PublishedRow:
+    cells = {suite: _cell({suite: seeds}) for suite, seeds in counts.items()}
+    common = set.intersection(*(set(seeds) for seeds in counts.values())) if set(counts) == set(suites) else set()
     shared = {
-        suite: np.stack([tasks for seed, tasks in seeds.items() if seed in common], axis=1)
-        for suite, seeds in counts.items()
-        if common
+        suite: {seed: played for seed, played in seeds.items() if seed in common} for suite, seeds in counts.items()
     }
-    return PublishedRow(policy, setting, min(map(len, counts.values())), cells, _cell(shared) if shared else None)
+    return PublishedRow(policy, setting, min(map(len, counts.values())), cells, _cell(shared) if common else None)
 
 
-def _cell(counts: dict[str, np.ndarray]) -> Cell:
-    totals = {suite: cells.sum(axis=(0, 1)) for suite, cells in counts.items()}
+def _cell(counts: Counts) -> Cell:
+    stacked = {suite: np.stack([played.tasks for played in seeds.values()], axis=1) for suite, seeds in counts.items()}
+    totals = {suite: cells.sum(axis=(0, 1)) for suite, cells in stacked.items()}
     return Cell(
         rate=float(np.mean([k / n for k, n in totals.values()])),
-        interval=bootstrap_mean(counts, seed=BOOTSTRAP_SEED),
+        interval=bootstrap_mean(stacked, seed=BOOTSTRAP_SEED),
         k=int(sum(k for k, _ in totals.values())),
         n=int(sum(n for _, n in totals.values())),
+        errors=sum(played.errors for seeds in counts.values() for played in seeds.values()),
     )

@@ -18,7 +18,11 @@ _SPREAD = 0.05
 
 
 def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
-    """Success after training at every level of every axis: each point as a dot, the mean over the others as a line."""
+    """Success after training at every level of every axis: each point as a dot, the mean over the others as a line.
+
+    Where points are missing, a level's mean is over other values of the other axes than its neighbour's, so each level
+    says over how many points it is.
+    """
     axes = _varied(table, axes)
     if not axes:
         return None
@@ -29,14 +33,17 @@ def main_effects(table: pd.DataFrame, axes: list[str]) -> Chart | None:
         for panel, axis in zip(panels, axes, strict=True):
             labels = list(dict.fromkeys(table[axis].astype(str)))
             positions = table[axis].astype(str).map(labels.index)
-            means = [float(table.loc[positions == index, "after"].mean()) for index in range(len(labels))]
+            levels = [table.loc[positions == index, "after"] for index in range(len(labels))]
+            means = [float(level.mean()) for level in levels]
             panel.scatter(positions, table["after"], s=22, color=MUTED, alpha=0.6)
             panel.plot(range(len(labels)), means, color=TRAINED, marker="o", linewidth=1.9)
-            panel.set_xticks(range(len(labels)), labels)
+            ticks = [f"{label}\n(n = {len(level)})" for label, level in zip(labels, levels, strict=True)]
+            panel.set_xticks(range(len(labels)), ticks)
             panel.set(title=axis, xlim=(-0.4, len(labels) - 0.6), ylim=(0, 1))
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-            means_in_words = ", ".join(f"{label} {100 * mean:.0f} %" for label, mean in zip(labels, means, strict=True))
-            words.append(f"{axis}: {means_in_words}")
+            told = zip(labels, means, levels, strict=True)
+            in_words = (f"{label} {100 * mean:.0f} % (n = {len(level)})" for label, mean, level in told)
+            words.append(f"{axis}: {', '.join(in_words)}")
         return Chart(to_svg(figure, "effects"), f"Mean success after training by axis. {'; '.join(words)}.")
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from pi0rl.evaluation.protocols import Protocol
-from pi0rl.evaluation.statistics import bootstrap_mean, compare, episodes_to_separate, holm, wilson_interval
+from pi0rl.evaluation.statistics import (
+    STATE_KEY,
+    bootstrap_mean,
+    compare,
+    episodes_to_separate,
+    holm,
+    independent_episodes,
+    wilson_interval,
+)
 
 POLICY_LABELS = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO"}
 SUITE_LABELS = {  # in the order of the published table
@@ -28,6 +36,10 @@ FAILURE_KINDS: dict[str, str] = {
     "timeout": "the time was up with the object in the gripper, or with a door, drawer or knob left to move",
 }
 ALL_SUITES = "all"
+RATES_NOTE = (
+    "Suites: 95 % Wilson interval over episodes, those from one init state under several seeds counted together. Mean: "
+    "95 % hierarchical bootstrap over tasks, seeds and episodes, never narrower than Wilson's."
+)
 BOOTSTRAP_SEED = 0
 
 
@@ -35,7 +47,8 @@ BOOTSTRAP_SEED = 0
 class SuiteResult:
     """`k` of `n` episodes of a suite were a success at some step (`k_at_end`: still one at the last step).
 
-    `errors` more ended without an outcome. `failures`: kind -> episodes.
+    `wilson`: 95 % interval of the rate, in which the episodes of one init state count as a cluster. `errors` more ended
+    without an outcome. `failures`: kind -> episodes.
     """
 
     policy: str
@@ -68,10 +81,12 @@ class Comparison:
     """A policy against the one it started from, on the same episodes of one suite or of ``all``.
 
     Attributes:
-        change: difference of the success rates over these episodes, in [-1, 1].
+        change: difference of the success rates over these episodes, in [-1, 1]; of ``all``, that of the means over
+            suites.
         gained, lost, mcnemar_p: see `pi0rl.evaluation.statistics.PairedTest`.
-        holm_p: mcnemar_p adjusted for all single-suite comparisons of the report; that of ``all`` stands alone.
-        episodes_needed: paired episodes that would show this difference with 80 % power; None where there is none.
+        holm_p: mcnemar_p adjusted for all comparisons of the report of its kind: those of single suites, or of ``all``.
+        episodes_needed: paired episodes, each from another init state, that would show this difference with 80 % power
+            at p < 0.05 before Holm's correction; None where there is none.
     """
 
     before: str
@@ -188,18 +203,22 @@ def summarise(episodes: pd.DataFrame, policies: tuple[str, ...] | None = None) -
     tasks = tuple(task for split in splits for suite in suites for task in _tasks(episodes, policies, split, suite))
     keys = [(policy, split) for split in splits for policy in policies]
     rows = tuple(_suite_result(episodes, policy, split, suite) for policy, split in keys for suite in suites)
+    means = tuple(_mean_result(episodes, rows, policy, split) for policy, split in keys)
+    rates = {(mean.policy, mean.split): mean.rate for mean in means}
+    comparisons = []
+    for split in splits:
+        for after in policies[1:]:
+            comparisons += [_comparison(episodes, policies[0], after, split, suite) for suite in suites]
+            of_all = _comparison(episodes, policies[0], after, split, ALL_SUITES)
+            change = round(rates[after, split] - rates[policies[0], split], 12)  # equal means are no regression
+            comparisons.append(replace(of_all, change=change))
     return Summary(
         policies=policies,
         splits=splits,
         suites=suites,
         rows=rows,
-        means=tuple(_mean_result(episodes, rows, policy, split) for policy, split in keys),
-        comparisons=_adjusted(
-            _comparison(episodes, policies[0], after, split, suite)
-            for split in splits
-            for after in policies[1:]
-            for suite in (*suites, ALL_SUITES)
-        ),
+        means=means,
+        comparisons=_adjusted(comparisons),
         tasks=tasks,
     )
 
@@ -224,13 +243,15 @@ def _suite_result(episodes: pd.DataFrame, policy: str, split: str, suite: str) -
     chosen = _select(episodes, policy=policy, split=split, suite=suite)
     judged = _judged(chosen)
     k, n = int(judged["success_once"].to_numpy(bool).sum()), len(judged)
+    states = judged.groupby(STATE_KEY)["success_once"].agg(["sum", "count"]).to_numpy(np.int64)
+    independent = independent_episodes(*states.T)
     return SuiteResult(
         policy=policy,
         split=split,
         suite=suite,
         k=k,
         n=n,
-        wilson=wilson_interval(k, n),
+        wilson=wilson_interval(k * (independent / n), independent),
         k_at_end=int(judged["success_at_end"].to_numpy(bool).sum()),
         errors=len(chosen) - n,
         failures=dict(sorted(Counter(judged["failure"][judged["failure"] != ""].tolist()).items())),
@@ -256,12 +277,15 @@ def success_counts(episodes: pd.DataFrame) -> np.ndarray:
     return cells.to_numpy(np.int64).reshape(len(tasks), len(seeds), 2)
 
 
-def _adjusted(comparisons: Iterable[Comparison]) -> tuple[Comparison, ...]:
-    """The comparisons with Holm's correction over those of single suites."""
-    comparisons = tuple(comparisons)
-    single = [comparison.mcnemar_p for comparison in comparisons if comparison.suite != ALL_SUITES]
-    adjusted = iter(holm(single).tolist())
-    return tuple(c if c.suite == ALL_SUITES else replace(c, holm_p=next(adjusted)) for c in comparisons)
+def _adjusted(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """The comparisons with Holm's correction, over those of single suites and over those of all suites."""
+    families = ([c for c in comparisons if (c.suite == ALL_SUITES) is of_all] for of_all in (False, True))
+    adjusted = {
+        (c.split, c.after, c.suite): p
+        for family in families
+        for c, p in zip(family, holm([c.mcnemar_p for c in family]).tolist(), strict=True)
+    }
+    return tuple(replace(c, holm_p=adjusted[c.split, c.after, c.suite]) for c in comparisons)
 
 
 def _comparison(episodes: pd.DataFrame, before: str, after: str, split: str, suite: str) -> Comparison:
@@ -312,13 +336,11 @@ def result_lines(summary: Summary, protocol: Protocol) -> list[str]:
         for policy in summary.policies:
             cells = [suite_cell(summary.row(policy, split, suite)) for suite in summary.suites]
             mean = summary.mean(policy, split)
-            low, high = mean.bootstrap
-            cells.append(f"{mean.rate:.1%} [{low:.1%}, {high:.1%}]")
+            cells.append(f"{percent(mean.rate)} {interval(mean.bootstrap)}")
             lines.append("| " + " | ".join([POLICY_LABELS.get(policy, policy), SPLIT_LABELS[split], *cells]) + " |")
-    lines += ["", f"Protocol {protocol.name} ({protocol.hash}). Suites: successes, 95 % Wilson interval; mean: 95 %"]
-    lines[-1] += " hierarchical bootstrap over tasks, seeds and episodes."
+    lines += ["", f"Success at any step. Protocol {protocol.name} ({protocol.hash}). {RATES_NOTE}"]
     if summary.errors:
-        lines.append(f"{counted(summary.errors, 'episode')} ended in an error, counted in no rate.")
+        lines[-1] += f" {counted(summary.errors, 'episode')} ended in an error, counted in no rate."
     return lines
 
 
@@ -332,14 +354,22 @@ def comparison_lines(summary: Summary) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for c in summary.comparisons:
-        points = f"{100 * c.change:+.1f}" + (" (worse)" if c.regression else "")
+        change = points(c.change) + (" (worse)" if c.regression else "")
         needed = f"{c.episodes_needed:,}" if c.episodes_needed else "–"
-        cells = [POLICY_LABELS.get(c.after, c.after), SPLIT_LABELS[c.split], suite_label(c.suite), points]
-        cells += [str(c.gained), str(c.lost), f"{c.mcnemar_p:.2g}", f"{c.holm_p:.2g}", needed]
+        cells = [POLICY_LABELS.get(c.after, c.after), SPLIT_LABELS[c.split], suite_label(c.suite), change]
+        cells += [str(c.gained), str(c.lost), p_value(c.mcnemar_p), p_value(c.holm_p), needed]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Holm: the p-value adjusted for all single suites. Episodes needed: paired episodes that show such a"]
-    lines[-1] += " difference with 80 % power."
-    return lines
+    return [*lines, "", comparison_note(base)]
+
+
+def comparison_note(base: str) -> str:
+    """What the columns of a paired comparison with the policy called ``base`` mean."""
+    return (
+        f"Gained: only the later policy solves the episode; lost: only {base} does. McNemar p: exact; episodes from "
+        "one init state under several seeds count together. Holm: that p adjusted for all rows of single suites, or "
+        "for all rows of all suites. Episodes needed: paired episodes, each from another init state, that show such a "
+        "difference with 80 % power at p < 0.05 before Holm's correction."
+    )
 
 
 def counted(number: int, noun: str) -> str:
@@ -355,7 +385,28 @@ def suite_label(suite: str) -> str:
 
 
 def suite_cell(row: SuiteResult) -> str:
-    """``84.0% (168/200) [78.3%, 88.4%]``."""
-    low, high = row.wilson
+    """``84.0 % (168/200) [78.3 %, 88.4 %]``."""
     at_end = "" if row.k_at_end == row.k else f", {row.k_at_end} at the end"
-    return f"{row.rate:.1%} ({row.k}/{row.n}{at_end}) [{low:.1%}, {high:.1%}]"
+    errors = f", {counted(row.errors, 'error')}" if row.errors else ""
+    return f"{percent(row.rate)} ({row.k}/{row.n}{at_end}{errors}) {interval(row.wilson)}"
+
+
+def percent(rate: float) -> str:
+    """0.834 -> '83.4 %'."""
+    return f"{100 * rate:.1f} %"
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """(0.783, 0.884) -> '[78.3 %, 88.4 %]'."""
+    low, high = bounds
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def points(change: float) -> str:
+    """0.28 -> '+28.0'; a true minus sign for a loss, and no sign for none."""
+    return f"{100 * change:+.1f}".replace("-", "−") if change else "0"
+
+
+def p_value(p: float) -> str:
+    """0.0312 -> '0.031', 8.1e-7 -> '8.1e-07'."""
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi0rl.report import plots
 from pi0rl.report.costs import duration
-from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, counted, suite_label
+from pi0rl.report.tables import POLICY_LABELS, SPLIT_LABELS, counted, interval, p_value, percent, points, suite_label
 from pi0rl.report.videos import last_picture
 
 
@@ -28,6 +28,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "percent": percent,
+        "interval": interval,
         "points": points,
         "p_value": p_value,
         "duration": duration,
@@ -50,18 +51,3 @@ def _data_uri(video: Path) -> str:
 def _poster(video: Path) -> str:
     """How the episode ended, to be seen before the video is played."""
     return f"data:image/jpeg;base64,{base64.b64encode(last_picture(video)).decode()}"
-
-
-def percent(rate: float) -> str:
-    """0.834 -> '83.4 %'."""
-    return f"{100 * rate:.1f} %"
-
-
-def points(change: float) -> str:
-    """0.28 -> '+28.0'; a true minus sign for a loss, and no sign for none."""
-    return f"{100 * change:+.1f}".replace("-", "−") if change else "0"
-
-
-def p_value(p: float) -> str:
-    """0.0312 -> '0.031', 8.1e-7 -> '8.1e-07'."""
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"

@@ -297,7 +297,7 @@ def _optimizer_step(
 
 
 def _summary(tally: _Tally, first_ratio_error: float, max_kl: float, stopped: bool) -> dict[str, float]:
-    """Means over micro batches (by share of their minibatch) and over optimiser steps."""
+    """Means over micro batches (by share of their minibatch) and over optimiser steps; nothing of nothing."""
     summary: dict[str, float] = {}
     total_share = sum(share for share, _ in tally.metrics)
     for name in tally.metrics[0][1] if tally.metrics else ():
@@ -305,19 +305,22 @@ def _summary(tally: _Tally, first_ratio_error: float, max_kl: float, stopped: bo
             summary[name] = sum(share * float(metrics[name]) for share, metrics in tally.metrics) / total_share
     taken = [step for step in tally.steps if step.taken]
     summary |= {
-        "actor/grad_norm": _mean([step.grad_norm for step in taken]),
-        "actor/lr": _mean([step.actor_lr for step in taken]),
         "actor/optimizer_steps": float(len(taken)),
         "actor/skipped_steps": float(len(tally.steps) - len(taken)),
         "actor/stopped_by_kl": float(stopped),
         "actor/max_kl": max_kl,
-        "actor/first_ratio_error": first_ratio_error,
     }
+    if tally.metrics:
+        summary["actor/first_ratio_error"] = first_ratio_error
+    if taken:
+        summary["actor/grad_norm"] = _mean([step.grad_norm for step in taken])
+        summary["actor/lr"] = _mean([step.actor_lr for step in taken])
     if tally.moments:
-        summary["critic/lr"] = _mean([step.value_lr for step in taken])
         summary["critic/explained_variance"] = losses.explained_variance(tally.moments)
+        if taken:
+            summary["critic/lr"] = _mean([step.value_lr for step in taken])
     return summary
 
 
 def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers) if numbers else float("nan")
+    return sum(numbers) / len(numbers)

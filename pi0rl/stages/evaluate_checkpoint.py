@@ -22,6 +22,7 @@ from pi0rl.evaluation.journal import Journal, holds_others
 from pi0rl.evaluation.protocols import protocol_named
 from pi0rl.evaluation.table import episode_table, write_episode_table
 from pi0rl.files import read_json, replace_directory
+from pi0rl.machine import this_machine
 from pi0rl.params import ClusterParams
 from pi0rl.policy.checkpoints import layout_of
 from pi0rl.policy.sampling import SamplerConfig
@@ -102,7 +103,8 @@ def run(request: Request) -> None:
     results = result_lines(summarise(table), protocol)
     with replace_directory(output) as folder:
         write_episode_table(table, folder / "episodes.parquet")
-        (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+        made_with = {"commit": str(provenance.commit(Path(__file__).parents[2])), "machine": asdict(this_machine())}
+        (folder / DESCRIPTION).write_text(json.dumps(described | made_with, indent=2) + "\n")
         (folder / RESULTS).write_text("\n".join(results) + "\n")
         if (journal.folder / "videos").is_dir():
             shutil.copytree(journal.folder / "videos", folder / "videos")

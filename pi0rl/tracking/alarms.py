@@ -48,7 +48,7 @@ def alarms(
         name for name, value in latest.items() if not math.isfinite(value) and not name.startswith("critic/")
     )
     skipped = latest.get("actor/skipped_steps", 0.0)
-    if broken and iteration > 0:
+    if broken:
         found.append(("not finite", f"{', '.join(broken)}"))
     if skipped > 0:
         found.append(("not finite", f"{skipped:.0f} optimiser steps left out, their gradients were not finite"))

@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -43,14 +44,13 @@ def log_results(client: MlflowClient, run_id: str, results: dict[str, Any], hash
 
 
 def _columns(results: dict[str, Any]) -> dict[str, float]:
-    """``success/<policy>`` over all suites of the judged split, and the comparison of the trained policy's."""
+    """``success/<policy>``, the mean over suites of the judged split, and the comparison of the trained policy's."""
     split = _judged_split(results)
-    totals: dict[str, list[int]] = {}
+    rates: dict[str, list[float]] = {}
     for row in results["rows"]:
         if row["split"] == split:
-            k, n = totals.setdefault(row["policy"], [0, 0])
-            totals[row["policy"]] = [k + row["k"], n + row["n"]]
-    columns = {f"success/{policy}": k / n for policy, (k, n) in totals.items()}
+            rates.setdefault(row["policy"], []).append(row["k"] / row["n"])
+    columns = {f"success/{policy}": fmean(of_suites) for policy, of_suites in rates.items()}
     return columns | _comparison(results, "all", split, columns)
 
 
