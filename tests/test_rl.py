@@ -291,11 +291,34 @@ def test_every_epoch_has_its_own_shuffle_unless_compat() -> None:
         minibatches(15, compat, iteration=0)
 
 
-def test_large_steps_are_stopped_by_kl() -> None:
+def test_the_kl_stop_ends_the_actors_steps_and_not_the_critics() -> None:
     config = settings_for(replace(PPO, target_kl=0.01), lr=0.3)
     _, report = run(config)
     assert report.stopped_by_kl
-    assert len(report.steps) < 4
+    assert len(report.steps) == report.metrics["critic/optimizer_steps"] == 4 * round(len(toy_problem(config)[1]) / 8)
+    moved = [not step.critic_only for step in report.steps]
+    assert moved == sorted(moved, reverse=True)
+    assert 1 <= sum(moved) == report.metrics["actor/optimizer_steps"] < 4
+    alone = toy_problem(config)[0]
+    optimizer = PolicyOptimizer({"mean": alone.mean}, {}, config.optim)
+    actor = replace(config, algorithm=replace(GRPO, target_kl=0.01))
+    batch = make_batch(Rollout(episodes()), actor.algorithm, MAX_STEPS)
+    with torch.no_grad():
+        batch = replace(batch, log_probs=alone.evaluate(batch.samples).log_probs)
+    assert len(update(alone.evaluate, batch, optimizer, actor, iteration=0).steps) < 4
+
+
+def test_the_policys_gradients_do_not_slow_the_critic_unless_compat() -> None:
+    toy, _, optimizer = toy_problem(settings_for())
+    for jointly, expected in ((False, 0.5), (True, 0.5 / 100.0)):
+        toy.mean.grad, toy.value.grad = torch.zeros(CHUNK, 7), torch.tensor([0.5])
+        toy.mean.grad[0, 0] = 100.0
+        seen: list[float] = []
+        hook = optimizer._adamw.register_step_pre_hook(lambda *_, seen=seen: seen.append(float(toy.value.grad)))  # pyright: ignore
+        norms = optimizer.step(1e-3, 1e-2, critic_only=False, clip_jointly=jointly)
+        hook.remove()
+        assert seen == pytest.approx([expected], rel=1e-3)
+        assert norms.critic == (None if jointly else 0.5)
 
 
 def test_a_mismatch_of_log_probs_is_an_error() -> None:

@@ -107,7 +107,8 @@ class AlgorithmConfig:
 
     update_epoch: int = 4
     target_kl: float | None = 0.15
-    """No further optimiser step in this iteration once a minibatch's approximate KL exceeds it; None: never stop."""
+    """The actor takes no further step in this iteration once a minibatch's approximate KL exceeds it, the critic goes
+    on; None: never stop."""
     ratio_tolerance: float | None = 1e-2
     """Largest |log ratio| allowed on the first minibatch, before any step; None: report only."""
 
