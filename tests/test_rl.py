@@ -17,7 +17,7 @@ from pi0rl.errors import UserError
 from pi0rl.observation import Observation
 from pi0rl.rl import losses
 from pi0rl.rl.advantages import Batch, Reference, gae, group_advantages, kept_groups, make_batch, valid_mask
-from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig
+from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig, watched_kl
 from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
@@ -215,6 +215,17 @@ def test_denoising_steps_have_their_own_ratio_and_are_averaged() -> None:
     assert float(together) == pytest.approx(np.mean([float(loss) for loss, _ in single]), rel=1e-5)
     for name, value in metrics.items():
         assert float(value) == pytest.approx(np.mean([float(part[name]) for _, part in single]), abs=1e-5), name
+
+
+def test_one_far_sample_does_not_decide_the_kl_that_is_watched() -> None:
+    log_ratio = torch.full((126, 1, 1, 1), 0.1)
+    log_ratio[0] = 5.2
+    ones = torch.ones(126, 1)
+    _, metrics = losses.actor_loss(log_ratio, 0 * log_ratio, ones, ones.bool(), PPO)
+    assert watched_kl(PPO) == "actor/approx_kl_k2"
+    assert float(metrics["actor/approx_kl_k2"]) == pytest.approx((0.5 * 5.2**2 + 125 * 0.005) / 126, rel=1e-5)
+    assert float(metrics["actor/approx_kl_k3"]) > 1.0
+    assert watched_kl(replace(PPO, compat="rlinf")) == "actor/approx_kl_k3"
 
 
 # --- update ---

@@ -218,7 +218,7 @@ def test_what_a_finished_run_missed_is_sent_when_the_server_is_back(
 
 def _calm(iterations: int) -> tuple[Table, Table]:
     metrics = {
-        step: {"env/success_once": 0.5, "actor/approx_kl_k3": 0.01, "env/steps": 100.0} for step in range(iterations)
+        step: {"env/success_once": 0.5, "actor/approx_kl_k2": 0.01, "env/steps": 100.0} for step in range(iterations)
     }
     timing = {
         step: {"time/step": 10.0, "time/generate_rollouts": 8.0, "time/env/render": 6.0} for step in range(iterations)
@@ -237,7 +237,7 @@ def test_alarms_name_what_is_wrong_and_only_that() -> None:
     assert _kinds(last, metrics, timing) == []
     assert _kinds(last, metrics, timing, actor__loss=float("nan")) == ["not finite"]
     assert _kinds(last, metrics, timing, actor__skipped_steps=2.0) == ["not finite"]
-    assert _kinds(last, metrics, timing, actor__approx_kl_k3=0.41) == ["KL"]
+    assert _kinds(last, metrics, timing, actor__approx_kl_k2=0.41) == ["KL"]
     assert _kinds(last, metrics, timing | {last: timing[last] | {"perf/env_slowest": 1.7}}) == ["slow worker"]
     assert _kinds(last, metrics, timing | {last: timing[last] | {"time/step": 30.0}}) == ["slow iteration"]
     for step in range(WINDOW, 2 * WINDOW):
@@ -249,7 +249,7 @@ def test_alarms_are_shown_and_kept_over_a_resume(experiment: Experiment, capsys:
     with MetricsWriter(experiment) as writer:
         writer.resume(0)
         for number in range(4):
-            writer.write(number, {"actor/approx_kl_k3": 9.0 if number in (1, 3) else 0.0}, {"time/step": 1.0})
+            writer.write(number, {"actor/approx_kl_k2": 9.0 if number in (1, 3) else 0.0}, {"time/step": 1.0})
     assert capsys.readouterr().err.count("ALARM (KL) at iteration") == 2
     path = experiment.stage_dir("train") / "alarms.csv"
     assert [alarm.iteration for alarm in read_alarms(path)] == [1, 3]

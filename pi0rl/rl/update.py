@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pi0rl.errors import UserError
 from pi0rl.rl import losses
 from pi0rl.rl.advantages import Batch
-from pi0rl.rl.config import AlgorithmConfig, UpdateConfig, effective
+from pi0rl.rl.config import AlgorithmConfig, UpdateConfig, effective, watched_kl
 from pi0rl.rl.optimizer import GradientNorms, PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
 
@@ -153,7 +153,7 @@ def update(
         UserError: a ratio of the first minibatch is not 1 within ``ratio_tolerance``, or (``compat="rlinf"``) the
             samples do not divide into minibatches.
     """
-    settings = effective(config.algorithm)
+    settings, watched = effective(config.algorithm), watched_kl(config.algorithm)
     tally, team = _Tally(), team or Alone()
     first_ratio_error, max_kl, stopped = float("nan"), 0.0, False
     for minibatch in minibatches(len(batch), config, iteration):
@@ -170,7 +170,7 @@ def update(
             first_ratio_error = max(float(metrics["max_log_ratio"]) for _, metrics in fresh)
             _check_first_ratio(first_ratio_error, settings)
         if not stopped:
-            kl = sum(share * float(metrics["actor/approx_kl_k3"]) for share, metrics in fresh)
+            kl = sum(share * float(metrics[watched]) for share, metrics in fresh)
             max_kl = max(max_kl, kl)
             stopped = settings.target_kl is not None and not critic_only and kl > settings.target_kl
         if stopped and not optimizer.critic:
