@@ -251,8 +251,9 @@ class OpenpiParams(Section):
     its own; ``ignore_last`` never draws the last one. ``safe_get_logprob`` takes minus the squared error for the
     log-prob. The value head reads the action expert (``chunk_critic_input``: the executed actions' tokens only) or,
     with ``value_after_vlm``, the VLM's tokens, pooled as ``value_vlm_mode`` says: left out, the mean over valid ones
-    (RLinf's ``mean_token`` with ``algorithm.compat: rlinf``). ``noise_logvar_range`` holds the two standard deviations
-    that flow_noise learns between.
+    (RLinf's ``mean_token`` with ``algorithm.compat: rlinf``). With ``value_sees_time`` it also reads how much of the
+    episode's time is over, which no image shows though the time limit ends episodes. ``noise_logvar_range`` holds the
+    two standard deviations that flow_noise learns between.
     """
 
     noise_level: Rate = 0.5
@@ -270,6 +271,7 @@ class OpenpiParams(Section):
     safe_get_logprob: bool = False
     add_value_head: bool = True
     value_after_vlm: bool = False
+    value_sees_time: bool = False
     value_vlm_mode: Literal["mean_token", "first_token", "last_token", "mean_valid"] | None = None
     chunk_critic_input: bool = False
     detach_critic_input: bool = True

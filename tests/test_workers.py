@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from pi0rl.libero.slots import Look, Played
 from pi0rl.params import Params, load_params
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.weights import policy_tensors
-from pi0rl.rl.trajectories import Trajectory
+from pi0rl.rl.trajectories import Rollout, Trajectory
 
 QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
 EPISODES, CHUNKS, CHUNK = 4, 3, 8
@@ -51,7 +53,8 @@ def quickstart(*overrides: str) -> Params:
 
 
 def start_rollout(params: Params, checkpoint: Path) -> RolloutWorker:
-    worker = RolloutWorker(checkpoint, sampler_config(params), lora_config(params), 1, "cpu")
+    limit = CHUNKS * CHUNK
+    worker = RolloutWorker(checkpoint, sampler_config(params), lora_config(params), 1, "cpu", max_episode_steps=limit)
     worker.start()
     return worker
 
@@ -98,6 +101,33 @@ def test_the_noise_level_is_annealed_by_rl_steps() -> None:
     assert [sampler.at(step).noise_level for step in (0, 2, 4, 9)] == pytest.approx([0.7, 0.4, 0.1, 0.1])
     constant = sampler_config(quickstart("openpi.noise_params=[0.7, 0.1, 4]"))
     assert constant.at(9).noise_level == 0.6
+
+
+@pytest.mark.parametrize("source", ["prefix", "expert"])
+def test_rollout_and_update_show_the_critic_the_same_time(source: Literal["prefix", "expert"], tmp_path: Path) -> None:
+    critic = replace(PREFIX_CRITIC, append_time=True)
+    if source == "expert":
+        critic = replace(critic, source=source, append_state=False, matches_rollout=True)
+    save_policy(make_policy(critic), tmp_path / "policy")
+    params = quickstart("openpi.value_sees_time=true")
+    trajectories = played(params, start_rollout(params, tmp_path / "policy"), iteration=0)
+    assert all(len(set(trajectory.values)) == len(trajectory) for trajectory in trajectories)
+    actor = start_actor(params, tmp_path / "policy")
+    rollout = Rollout(trajectories)
+    evaluate = actor._evaluator(rollout, 0, CHUNKS * CHUNK)  # pyright: ignore[reportPrivateUsage]
+    recorded = rollout.values[:-1][rollout.real][:, 0]
+    with torch.no_grad():
+        values = evaluate(torch.arange(len(rollout))).values
+        assert values is not None
+        torch.testing.assert_close(values, recorded, atol=1e-6, rtol=1e-6)
+    late = actor._evaluator(rollout, 0, 2 * CHUNKS * CHUNK)  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        assert not torch.allclose(late(torch.arange(len(rollout))).values, recorded)  # pyright: ignore
+    actor.save(tmp_path)
+    config = tmp_path / "policy" / "config.json"
+    config.write_text(config.read_text().replace('"append_time": true', '"append_time": false'))
+    with pytest.raises(UserError, match=r"value_head\.mlp\.0\.weight has shape"):
+        load_policy(tmp_path / "policy")
 
 
 LORA = (

@@ -24,7 +24,7 @@ from pi0rl.rl.advantages import Reference, make_batch
 from pi0rl.rl.config import UpdateConfig, effective
 from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
-from pi0rl.rl.trajectories import Rollout, Trajectory
+from pi0rl.rl.trajectories import Rollout, Trajectory, elapsed_time
 from pi0rl.rl.update import Evaluate, Evaluation, update
 
 # In a checkpoint beside policy/: the optimiser, and with adapters (which policy/ has merged) what was trained.
@@ -163,7 +163,7 @@ class ActorWorker:
         batch = make_batch(rollout, self._config.algorithm, max_episode_steps)
         self._policy.train()
         with self._spread(), self._moments_here():
-            evaluate = self._evaluator(rollout, iteration)
+            evaluate = self._evaluator(rollout, iteration, max_episode_steps)
             if self._reference:
                 batch = replace(batch, reference=self._make_of_it_at_the_start(evaluate, batch.samples))
             report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor, self._team)
@@ -193,14 +193,16 @@ class ActorWorker:
             parameter.copy_(elsewhere)  # in place: weights that are spread have no other way
             elsewhere.copy_(here)
 
-    def _evaluator(self, rollout: Rollout, iteration: int) -> Evaluate:
+    def _evaluator(self, rollout: Rollout, iteration: int, max_episode_steps: int) -> Evaluate:
         prefix_of, sampler = self._prefixes(rollout), self._sampler.at(iteration)
 
         def evaluate(samples: Tensor) -> Evaluation:
             inputs = rollout.inputs(samples.tolist())
             chains = torch.from_numpy(inputs.chains).to(self._device)
             inds = torch.from_numpy(inputs.denoise_inds).to(self._device)
-            result = evaluate_chains(self._policy, prefix_of(samples), chains, inds, sampler)
+            elapsed = torch.from_numpy(elapsed_time(inputs.chunks, max_episode_steps, sampler.action_chunk))
+            prefix = prefix_of(samples)
+            result = evaluate_chains(self._policy, prefix, chains, inds, sampler, elapsed.to(self._device))
             return Evaluation(
                 log_probs=result.log_probs.cpu(),
                 values=result.values.cpu(),

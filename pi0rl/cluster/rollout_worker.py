@@ -28,7 +28,7 @@ from pi0rl.policy.sampling import (
     step_uniform,
 )
 from pi0rl.rl.config import RewardConfig
-from pi0rl.rl.trajectories import Trajectory, shape_rewards, step_dones
+from pi0rl.rl.trajectories import Trajectory, elapsed_time, shape_rewards, step_dones
 
 PlayMode = Literal["train", "eval"]
 
@@ -64,6 +64,9 @@ class _Recording:
 class RolloutWorker:
     """A policy that acts for the env workers that are wired to it.
 
+    Args:
+        max_episode_steps: training's limit; None in evaluations, where nobody asks for values.
+
     Attributes:
         seconds: spent on acting since ``begin``.
     """
@@ -76,11 +79,13 @@ class RolloutWorker:
         num_threads: int,
         device: str,
         compiled: bool = False,
+        max_episode_steps: int | None = None,
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.use_deterministic_algorithms(True)
         self._num_threads, self._checkpoint, self._annealed, self._device = num_threads, checkpoint, sampler, device
         self._sampler, self._lora, self._compiled = sampler.at(0), lora, compiled
+        self._max_episode_steps = max_episode_steps
         self._noise = NoiseKey(0, 0, 0)
         self._mode: PlayMode = "eval"
         self._recordings: dict[int, _Recording] = {}
@@ -136,7 +141,7 @@ class RolloutWorker:
             ]
         ).to(self._device)
         inputs = self._policy.processing.inputs(look.observation).to(self._device)
-        drawn = sample(self._policy, inputs, noise, config, self._mode)
+        drawn = sample(self._policy, inputs, noise, config, self._mode, self._elapsed(look))
         if self._mode == "train":
             self._record(look, drawn)
         actions = self._policy.processing.env_actions(drawn.actions.cpu(), look.observation)
@@ -150,6 +155,12 @@ class RolloutWorker:
             _trajectory(recording, plan[index], rewards, max_episode_steps)
             for index, recording in sorted(self._recordings.items())
         ]
+
+    def _elapsed(self, look: Look) -> torch.Tensor | None:
+        if self._max_episode_steps is None:
+            return None
+        elapsed = elapsed_time(look.chunk, self._max_episode_steps, self._sampler.action_chunk)
+        return torch.from_numpy(elapsed).to(self._device)
 
     def _look_noise(self, episode: int, chunk: int, shape: tuple[int, int, int]) -> EpisodeNoise:
         noise, shared = episode_noise(*self._key(), episode, chunk, shape), self._sampler.step_shared_by

@@ -38,6 +38,7 @@ def critic_config(params: Params) -> CriticConfig | None:
         matches_rollout=not compat,
         pooling=openpi.value_vlm_mode or ("mean_token" if compat else "mean_valid"),
         append_state=openpi.value_after_vlm and not compat,
+        append_time=openpi.value_sees_time and not compat,
     )
 
 
