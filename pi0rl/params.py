@@ -231,12 +231,17 @@ class FsdpParams(Section):
 
 
 class ActorParams(Section):
-    """The learner; with ``enable_offload`` AdamW's moments are in main memory while episodes are played."""
+    """The learner; with ``enable_offload`` AdamW's moments are in main memory while episodes are played.
+
+    ``ema_decay`` (e.g. 0.9) keeps a moving average of the trained weights over iterations: it is what is validated and
+    what the run ends with, while episodes are played and learned from with the weights themselves.
+    """
 
     model: ModelParams = ModelParams()
     optim: OptimParams = OptimParams()
     fsdp_config: FsdpParams = FsdpParams()
     enable_offload: bool = False
+    ema_decay: Fraction | None = None
     global_batch_size: Positive = 2048
     micro_batch_size: Positive = 128
     num_threads: Positive = 2

@@ -62,7 +62,7 @@ def start_rollout(params: Params, checkpoint: Path) -> RolloutWorker:
 def start_actor(params: Params, checkpoint: Path) -> ActorWorker:
     config = loop_config(params)
     settings = sampler_config(params), lora_config(params), config.update, config.train_expert_only
-    worker = ActorWorker(checkpoint, *settings, False, 1, "cpu")
+    worker = ActorWorker(checkpoint, *settings, False, 1, "cpu", ema_decay=config.ema_decay)
     worker.start()
     return worker
 
@@ -130,18 +130,17 @@ def test_rollout_and_update_show_the_critic_the_same_time(source: Literal["prefi
         load_policy(tmp_path / "policy")
 
 
-LORA = (
-    "actor.model.is_lora=true",
-    "actor.model.lora_rank=4",
-    "actor.optim.lr=0.001",
-    "actor.optim.critic_warmup_iterations=0",
-    "algorithm.target_kl=null",
-)
+FAST = ("actor.optim.lr=0.001", "actor.optim.critic_warmup_iterations=0", "algorithm.target_kl=null")
+LORA = ("actor.model.is_lora=true", "actor.model.lora_rank=4", *FAST)
+AVERAGE = ("actor.ema_decay=0.75", *FAST)
 
 
-def test_a_run_with_adapters_hands_over_and_resumes(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [LORA, (*AVERAGE, *LORA)], ids=["adapters", "their average"])
+def test_a_run_with_adapters_hands_over_and_resumes(
+    overrides: tuple[str, ...], checkpoint: Path, tmp_path: Path
+) -> None:
     """The rollout side takes over adapters by name, and a resumed run ends in the same bytes."""
-    params = quickstart(*LORA)
+    params = quickstart(*overrides)
     rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
 
     def iterate(number: int, rollout, actor) -> dict[str, float]:
@@ -162,13 +161,44 @@ def test_a_run_with_adapters_hands_over_and_resumes(checkpoint: Path, tmp_path: 
     rollout.load(actor.weights())
     iterate(1, rollout, actor)
     actor.save(folders[2])
-    for file in ("policy/model.safetensors", "trained.safetensors", "optimizer.safetensors"):
+    files = sorted(str(path.relative_to(folders[1])) for path in folders[1].rglob("*.safetensors"))
+    assert len(files) == (4 if "actor.ema_decay=0.75" in overrides else 3)
+    for file in files:
         assert (folders[2] / file).read_bytes() == (folders[1] / file).read_bytes(), file
     text = "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.gate_proj.weight"
     places = (checkpoint, folders[0] / "policy", folders[1] / "policy")
     start, first, second = (policy_tensors(load_policy(place))[text] for place in places)
     assert not torch.equal(start, first)
     assert not torch.equal(first, second)
+
+
+def test_the_average_is_shown_and_saved_while_the_weights_are_trained(checkpoint: Path, tmp_path: Path) -> None:
+    params = quickstart(*AVERAGE)
+    rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
+
+    def trained() -> dict[str, torch.Tensor]:
+        return {name: weight.clone() for name, weight in actor.weights().items()}
+
+    seen = [trained()]
+    for iteration in range(2):
+        metrics = actor.update(iteration, CHUNKS * CHUNK, played(params, rollout, iteration))
+        assert metrics["actor/first_ratio_error"] < 1e-3
+        seen.append(trained())
+        rollout.load(actor.weights())
+    actor.show_average()
+    shown = trained()
+    actor.put_back()
+    actor.save(tmp_path)
+    saved = policy_tensors(load_policy(tmp_path / "policy"))
+    for name, weight in actor.weights().items():
+        start, first, second = (weights[name] for weights in seen)
+        assert torch.equal(weight, second)
+        expected = 0.75**2 * start + 0.75 * 0.25 * first + 0.25 * second
+        torch.testing.assert_close(shown[name], expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(saved[name], shown[name])
+    actor.resume(None)
+    actor.show_average()
+    assert all(torch.equal(weight, seen[0][name]) for name, weight in trained().items())
 
 
 def test_the_kl_term_is_to_the_policy_that_training_began_with(checkpoint: Path) -> None:

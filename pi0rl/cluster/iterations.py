@@ -39,6 +39,7 @@ class LoopConfig:
         train_expert_only, gradient_checkpointing, num_threads: of the actor.
         sharded: whether its weights are spread over its processes.
         offload: whether its moments are in main memory while episodes are played.
+        ema_decay: of the average of its weights per iteration, which is what is validated and saved; None: no average.
     """
 
     suites: tuple[str, ...]
@@ -60,6 +61,7 @@ class LoopConfig:
     num_threads: int
     sharded: bool
     offload: bool
+    ema_decay: float | None
     rewards: RewardConfig
     update: UpdateConfig
     guards: GuardConfig
@@ -119,7 +121,8 @@ class Run:
         """Success over the validation plan of the policy after ``done`` iterations, by suite as metrics, seconds."""
         watch, plan = Stopwatch(), self._config.validation_plan
         noise = NoiseKey(self._config.seed, VALIDATION_STREAM, 0)
-        results = self._players.play(plan, noise, "eval", version=self._learner.version)
+        with self._learner.as_saved():
+            results = self._players.play(plan, noise, "eval", version=self._learner.version)
         watch.lap("time/eval")
         outcomes: dict[str, list[bool]] = {}
         for episode, result in zip(plan, results, strict=True):

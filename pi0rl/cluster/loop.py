@@ -65,7 +65,8 @@ def train(
             with Reservation(placement, players_config.workers) as room:
                 on_resume(checkpoint.iterations_done)
                 policies = start_policies(room, *make_policies)
-                run = Run(config, checkpoints, Learner(policies), Players(players_config, room, policies.rollouts))
+                learner = Learner(policies, averages=config.ema_decay is not None)
+                run = Run(config, checkpoints, learner, Players(players_config, room, policies.rollouts))
                 return _go_on(run, config, checkpoints, checkpoint, on_iteration, notice)
         except WorkerFailed as failure:
             failures[checkpoint.iterations_done] += 1
@@ -162,4 +163,5 @@ def _actor_maker(config: LoopConfig, players: PlayersConfig, start: Path) -> Mak
         compiled=players.compiled,
         sharded=config.sharded,
         offload=config.offload,
+        ema_decay=config.ema_decay,
     )

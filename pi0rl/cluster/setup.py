@@ -149,6 +149,7 @@ def loop_config(params: Params) -> LoopConfig:
         num_threads=actor.num_threads,
         sharded=actor.fsdp_config.sharding_strategy == "full_shard",
         offload=actor.enable_offload,
+        ema_decay=actor.ema_decay,
         rewards=RewardConfig(
             algorithm.reward_coef,
             algorithm.use_rel_reward,
