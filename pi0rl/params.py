@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from pi0rl.errors import UserError
+from pi0rl.params_checks import check_learning
 from pi0rl.rl.config import AlgorithmConfig, GuardConfig, OptimConfig, RewardConfig, UpdateConfig
 from pi0rl.rlinf_keys import rlinf_hint
 
@@ -241,7 +242,7 @@ class ActorParams(Section):
     optim: OptimParams = OptimParams()
     fsdp_config: FsdpParams = FsdpParams()
     enable_offload: bool = False
-    ema_decay: Fraction | None = None
+    ema_decay: Fraction | None = Field(default=None, exclude_if=lambda decay: decay is None)
     global_batch_size: Positive = 2048
     micro_batch_size: Positive = 128
     num_threads: Positive = 2
@@ -276,7 +277,8 @@ class OpenpiParams(Section):
     safe_get_logprob: bool = False
     add_value_head: bool = True
     value_after_vlm: bool = False
-    value_sees_time: bool = False
+    # Written down only where it is set: params that were frozen before it existed stay the same bytes to DVC.
+    value_sees_time: bool = Field(default=False, exclude_if=lambda sees: not sees)
     value_vlm_mode: Literal["mean_token", "first_token", "last_token", "mean_valid"] | None = None
     chunk_critic_input: bool = False
     detach_critic_input: bool = True
@@ -400,6 +402,7 @@ class Params(Section):
                 f"openpi.noise_anneal changes the noise level, which {openpi.noise_method} does not have; "
                 "set noise_anneal: false, or noise_method: flow_sde or flow_cps"
             )
+        check_learning(self)
         if self.actor.fsdp_config.sharding_strategy == "full_shard" and (model.is_lora or model.torch_compile):
             other = "is_lora" if model.is_lora else "torch_compile"
             raise ValueError(

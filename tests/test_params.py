@@ -243,6 +243,23 @@ def test_a_mistake_is_one_line_that_helps(tmp_path: Path, text: str, words: tupl
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("openpi: {noise_method: flow_ode}", ("noise_method flow_ode", "every ratio is 1", "set flow_sde")),
+        ("openpi: {noise_method: flow_cps, stochastic_steps: last}", ("flow_cps", "stochastic_steps: one")),
+        ("openpi: {noise_method: flow_cps}\nactor: {model: {num_steps: 1}}", ("flow_cps", "num_steps above 1")),
+        ("openpi: {noise_level: 0}", ("openpi.noise_level is 0", "nothing is learned")),
+        ("openpi: {noise_anneal: true, noise_params: [0.7, 0, 400]}", ("openpi.noise_params is 0",)),
+        ("algorithm: {filter_rewards: true}", ("filter_rewards", "group_size is 1")),
+    ],
+)
+def test_what_would_train_nothing_is_refused(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_params(_written(tmp_path, text))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 def test_a_missing_file_names_the_known_ones(tmp_path: Path) -> None:
     _written(tmp_path, "seed: 0", "other.yaml")
     with pytest.raises(UserError, match="known ones: other"):

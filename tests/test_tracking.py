@@ -21,7 +21,7 @@ from pi0rl.tracking.mlflow_logger import MlflowLogger, flatten, tracking_uri
 from pi0rl.tracking.publish import catch_up, dvc_hashes, evaluation_metrics, publish
 from pi0rl.tracking.sweep import begin_sweep
 from pi0rl.tracking.system import gpu_metrics
-from pi0rl.tracking.terminal import TrainingView, sparkline
+from pi0rl.tracking.terminal import TrainingView, plain_line, sparkline
 
 
 @pytest.fixture
@@ -275,6 +275,9 @@ def test_the_view_is_a_panel_in_a_terminal_and_lines_in_a_log() -> None:
     assert first.startswith("train: iteration 1/30, 0:10, 4:50 left; success 0.50")
     assert second.startswith("train: iteration 3/30, 0:30, 4:30 left; success 0.50")
     assert "env workers 75% busy" in second
+    assert "KL 0.000" in second
+    metrics[2]["rollout/samples"] = 0.0
+    assert "success 0.50, length 0, all groups filtered, nothing to learn from, " in plain_line(30, metrics, timing)
     assert alarm == "ALARM (not finite) at iteration 2: actor/loss"
     assert terminal.getvalue().count("\x1b[5F\x1b[J") == 1
     assert sparkline([0.0, 0.5, 1.0], 0, 1) == "▁▅█"

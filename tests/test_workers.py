@@ -67,7 +67,7 @@ def start_actor(params: Params, checkpoint: Path) -> ActorWorker:
     return worker
 
 
-def played(params: Params, rollout: RolloutWorker, iteration: int) -> list[Trajectory]:
+def played(params: Params, rollout: RolloutWorker, iteration: int, luck: float = 0.1) -> list[Trajectory]:
     """The trajectories of episodes that see noise for pictures and succeed by luck."""
     rng = np.random.default_rng(iteration)
     rollout.begin(NoiseKey(0, 0, iteration), "train")
@@ -76,7 +76,7 @@ def played(params: Params, rollout: RolloutWorker, iteration: int) -> list[Traje
         over = chunk == CHUNKS
         episode = np.full(EPISODES, -1) if over else index
         rollout.act(Look(observe(EPISODES, chunk), episode, np.full(EPISODES, chunk), before))
-        success = rng.random((EPISODES, CHUNK)) < (0.1 if chunk == CHUNKS - 1 else 0.0)
+        success = rng.random((EPISODES, CHUNK)) < (luck if chunk == CHUNKS - 1 else 0.0)
         before = Played(index, success, np.full(EPISODES, CHUNK), np.full(EPISODES, chunk == CHUNKS - 1))
     return rollout.trajectories(PLAN, params.algorithm, CHUNKS * CHUNK)
 
@@ -199,6 +199,18 @@ def test_the_average_is_shown_and_saved_while_the_weights_are_trained(checkpoint
     actor.resume(None)
     actor.show_average()
     assert all(torch.equal(weight, seen[0][name]) for name, weight in trained().items())
+
+
+def test_where_every_group_is_filtered_nothing_is_learned_and_nothing_is_nan(tmp_path: Path) -> None:
+    save_policy(make_policy(), tmp_path / "policy")
+    grpo = ("openpi.add_value_head=false", "algorithm.adv_type=grpo", "algorithm.group_size=4")
+    params = quickstart(*grpo, "algorithm.filter_rewards=true", "algorithm.kl_beta=0.1")
+    rollout, actor = (start(params, tmp_path / "policy") for start in (start_rollout, start_actor))
+    before = {name: weight.clone() for name, weight in actor.weights().items()}
+    metrics = actor.update(0, CHUNKS * CHUNK, played(params, rollout, 0, luck=0.0))
+    assert metrics["rollout/samples"] == metrics["actor/optimizer_steps"] == 0.0
+    assert np.isfinite(list(metrics.values())).all()
+    assert all(torch.equal(weight, before[name]) for name, weight in actor.weights().items())
 
 
 def test_the_kl_term_is_to_the_policy_that_training_began_with(checkpoint: Path) -> None:

@@ -201,7 +201,7 @@ class ActorWorker:
         self._policy.train()
         with self._spread(), self._moments_here():
             evaluate = self._evaluator(rollout, iteration, max_episode_steps)
-            if self._reference:
+            if self._reference and len(batch):
                 batch = replace(batch, reference=self._make_of_it_at_the_start(evaluate, batch.samples))
             report = update(evaluate, batch, self._optimizer, self._config, iteration, lr_factor, self._team)
         if self._average is not None:

@@ -155,7 +155,7 @@ def update(
     """
     settings, watched = effective(config.algorithm), watched_kl(config.algorithm)
     tally, team = _Tally(), team or Alone()
-    first_ratio_error, max_kl, stopped = float("nan"), 0.0, False
+    first_ratio_error, max_kl, stopped = 0.0, 0.0, False
     for minibatch in minibatches(len(batch), config, iteration):
         critic_only = stopped or _critic_only(optimizer, config)
         done = len(tally.metrics)
@@ -314,7 +314,7 @@ def _optimizer_step(
 
 
 def _summary(tally: _Tally, first_ratio_error: float, max_kl: float, stopped: bool) -> dict[str, float]:
-    """Means over micro batches (by share of their minibatch) and over optimiser steps."""
+    """Means over micro batches (by share of their minibatch) and over optimiser steps; nothing of nothing."""
     summary: dict[str, float] = {}
     for name in tally.metrics[0][1] if tally.metrics else ():
         if "/" in name:
@@ -328,9 +328,9 @@ def _summary(tally: _Tally, first_ratio_error: float, max_kl: float, stopped: bo
         "actor/optimizer_steps": float(sum(not step.critic_only for step in taken)),
         "actor/skipped_steps": float(len(tally.steps) - len(taken)),
         "actor/stopped_by_kl": float(stopped),
-        "actor/max_kl": max_kl,
-        "actor/first_ratio_error": first_ratio_error,
     }
+    if tally.metrics:
+        summary |= {"actor/max_kl": max_kl, "actor/first_ratio_error": first_ratio_error}
     if tally.moments:
         summary |= {
             **_mean("critic/grad_norm", [step.norms.critic for step in taken if step.norms.critic is not None]),
