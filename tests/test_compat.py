@@ -76,6 +76,11 @@ def test_values_need_not_match_and_nobody_watches_for_a_collapse() -> None:
         assert (guards.collapse_drop is not None, guards.collapse_kl is not None) == (ours, ours)
 
 
+def test_a_schedule_is_as_long_as_the_run() -> None:
+    assert loop_config(quickstart()).update.optim.total_training_steps == quickstart().runner.max_epochs
+    assert loop_config(quickstart("actor.optim.total_training_steps=7")).update.optim.total_training_steps == 7
+
+
 @pytest.mark.parametrize(("overrides", "shared"), [((), False), ((COMPAT,), True)], ids=["ours", "rlinf"])
 def test_the_denoising_step_is_drawn_per_sample_or_for_all(
     tmp_path: Path, overrides: tuple[str, ...], shared: bool

@@ -431,9 +431,10 @@ def test_entropy_bonus_counts_events() -> None:
 
 def test_schedules() -> None:
     cosine = OptimConfig(lr_scheduler="cosine", total_training_steps=100, lr_warmup_steps=10, min_lr_rate=0.1)
-    assert [learning_rate_factor(cosine, step) for step in (0, 5, 10, 55)] == pytest.approx([0.0, 0.5, 1.0, 0.55])
+    assert [learning_rate_factor(cosine, step) for step in (0, 4, 9, 10, 55)] == pytest.approx([0.1, 0.5, 1, 1, 0.55])
     assert learning_rate_factor(cosine, 150) == pytest.approx(0.1)
-    assert learning_rate_factor(cosine, 150, clamp=False) > 0.2
+    assert learning_rate_factor(cosine, 0, compat=True) == 0.0
+    assert learning_rate_factor(cosine, 150, compat=True) > 0.2
     linear = replace(cosine, lr_scheduler="linear")
     assert learning_rate_factor(linear, 55) == pytest.approx(0.55)
     warm = OptimConfig(adam_warmup_steps=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pi0rl.cluster.iterations import LoopConfig
@@ -128,7 +129,9 @@ def validated_states_judged(params: Params) -> int:
 def loop_config(params: Params) -> LoopConfig:
     """The training run."""
     algorithm, env, actor, runner = params.algorithm, params.env.train, params.actor, params.runner
-    compat = _compat(params)
+    compat, optim = _compat(params), actor.optim
+    if optim.total_training_steps is None:
+        optim = replace(optim, total_training_steps=runner.max_epochs)
     return LoopConfig(
         suites=params.suites,
         split=env.split,
@@ -156,6 +159,6 @@ def loop_config(params: Params) -> LoopConfig:
             algorithm.use_step_penalty,
             algorithm.latch_success and not compat,
         ),
-        update=UpdateConfig(algorithm, actor.optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
+        update=UpdateConfig(algorithm, optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
         guards=GuardConfig(collapse_drop=None, collapse_kl=None) if compat else algorithm,
     )

@@ -159,9 +159,9 @@ class OptimConfig:
 
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = 0
-    """RL iterations of linear warm-up from 0, for both groups."""
-    total_training_steps: int = 1000
-    """RL iterations until the schedule reaches ``min_lr_rate``."""
+    """RL iterations of linear warm-up, for both groups."""
+    total_training_steps: int | None = None
+    """RL iterations until the schedule reaches ``min_lr_rate``; None: all of the run (``runner.max_epochs``)."""
     min_lr_rate: float = 0.0
     adam_warmup_steps: int = 0
     """The actor's first optimiser steps with a linearly rising rate: Adam's first steps are large."""

@@ -304,7 +304,7 @@ def _optimizer_step(
     optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int, critic_only: bool, lr_factor: float
 ) -> Step:
     compat = config.algorithm.compat == "rlinf"
-    factor = lr_factor * learning_rate_factor(config.optim, iteration, clamp=not compat)
+    factor = lr_factor * learning_rate_factor(config.optim, iteration, compat)
     actor_lr = config.optim.lr * factor * adam_warmup_factor(config.optim, optimizer.actor_steps)
     value_lr = config.optim.value_lr * factor
     norms = optimizer.step(actor_lr, value_lr, critic_only, clip_jointly=compat)
