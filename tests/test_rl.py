@@ -22,7 +22,7 @@ from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
 from pi0rl.rl.trajectories import Rollout, Trajectory, shape_rewards, step_dones
-from pi0rl.rl.update import Evaluation, UpdateReport, minibatches, update
+from pi0rl.rl.update import Evaluation, UpdateReport, micro_batches, minibatches, update
 
 CHUNK, MAX_STEPS = 3, 12
 PPO = AlgorithmConfig(ratio_tolerance=1e-5)
@@ -41,7 +41,6 @@ def trajectory(episode: int, success_step: int | None, group: int = 0) -> Trajec
     return Trajectory(
         episode=episode,
         group=group,
-        task=0,
         rewards=shape_rewards(success, RewardConfig()),
         success=success,
         dones=step_dones(success, MAX_STEPS),
@@ -300,6 +299,14 @@ def test_every_epoch_has_its_own_shuffle_unless_compat() -> None:
     assert len({tuple(epoch.tolist()) for epoch in same[0]}) == 1
     with pytest.raises(UserError, match="must divide the 15 samples"):
         minibatches(15, compat, iteration=0)
+
+
+def test_micro_batches_are_of_one_size_unless_compat() -> None:
+    config = UpdateConfig(PPO, global_batch_size=128, micro_batch_size=128)
+    assert [len(part) for part in micro_batches(torch.arange(131), config)] == [66, 65]
+    assert [len(part) for part in micro_batches(torch.arange(128), config)] == [128]
+    compat = replace(config, algorithm=replace(PPO, compat="rlinf"))
+    assert [len(part) for part in micro_batches(torch.arange(131), compat)] == [128, 3]
 
 
 def test_the_kl_stop_ends_the_actors_steps_and_not_the_critics() -> None:

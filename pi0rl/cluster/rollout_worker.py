@@ -196,7 +196,6 @@ def _trajectory(recording: _Recording, episode: Episode, rewards: RewardConfig, 
     return Trajectory(
         episode=episode.index,
         group=episode.group,
-        task=episode.task_id,
         rewards=shape_rewards(success, rewards),
         success=success,
         dones=step_dones(success, max_episode_steps),

@@ -22,7 +22,6 @@ class Trajectory:
     Attributes:
         episode: index in the iteration's plan; decides the order of samples.
         group: GRPO group (episodes that share task and initial state).
-        task: task id within the suite.
         rewards: float32 [T, C], see :func:`shape_rewards`.
         success: bool [T, C], the task's predicate after every step.
         dones: bool [T, C], success or time limit, see :func:`step_dones`. The last chunk must be done.
@@ -35,7 +34,6 @@ class Trajectory:
 
     episode: int
     group: int
-    task: int
     rewards: np.ndarray
     success: np.ndarray
     dones: np.ndarray

@@ -159,7 +159,7 @@ def update(
     for minibatch in minibatches(len(batch), config, iteration):
         critic_only = stopped or _critic_only(optimizer, config)
         done = len(tally.metrics)
-        parts = minibatch.split(config.micro_batch_size)
+        parts = micro_batches(minibatch, config)
         own = list(parts[team.rank :: team.size])
         shares = [len(rows) / len(minibatch) for rows in own]
         if team.in_step and len(own) < -(-len(parts) // team.size):
@@ -202,6 +202,15 @@ def minibatches(samples: int, config: UpdateConfig, iteration: int) -> list[Tens
         order = np.random.default_rng([config.seed, iteration, epoch]).permutation(samples)
         minibatches += [torch.from_numpy(rows) for rows in np.array_split(order, count)]
     return minibatches
+
+
+def micro_batches(minibatch: Tensor, config: UpdateConfig) -> Sequence[Tensor]:
+    """As few parts of ``micro_batch_size`` rows at most as there can be, which differ by at most one row: a part of a
+    few rows costs nearly as much as a whole one. RLinf fills all but the last."""
+    size = config.micro_batch_size
+    if config.algorithm.compat == "rlinf":
+        return minibatch.split(size)
+    return minibatch.tensor_split(-(-len(minibatch) // size))
 
 
 def _critic_only(optimizer: PolicyOptimizer, config: UpdateConfig) -> bool:
