@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from tiny_training import QUICKSTART
 
 from pi0rl.cluster.checkpoints import STATE, Checkpoints
+from pi0rl.params import load_params
 from pi0rl.rl.guards import GuardState
+from pi0rl.stages.train import ORIGIN, origin_of_run, reason_to_begin_anew
 
 
 def begin(folder: Path, start: str = "digest of the start") -> Checkpoints:
@@ -99,3 +103,38 @@ def test_those_of_another_run_are_refused(tmp_path: Path) -> None:
     assert other.latest(said.append).policy == tmp_path / "start"
     assert "began from another policy" in said[0]
     assert "anew" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("runner.max_epochs=60", None),
+        ("runner.keep_last=9", None),
+        ("runner.logger.experiment_name=other", None),
+        ("actor.optim.lr=0.5", r"begun with other params \(actor.optim.lr: 6e-05 -> 0.5\)"),
+        ("runner.save_interval=1", "runner.save_interval: 4 -> 1"),
+    ],
+)
+def test_what_a_run_is_gone_on_with_after_a_change(tmp_path: Path, change: str, reason: str | None) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.json").write_text('{"weights_sha256": "0"}')
+    folder = tmp_path / "train"
+    assert reason_to_begin_anew(folder, {}) is None
+    (folder / "checkpoints").mkdir(parents=True)
+    began = origin_of_run(load_params(QUICKSTART), tmp_path / "sft")
+    (folder / ORIGIN).write_text(json.dumps(began))
+    said = reason_to_begin_anew(folder, origin_of_run(load_params(QUICKSTART, (change,)), tmp_path / "sft"))
+    assert (said is None) if reason is None else re.search(reason, said or "")
+
+
+def test_the_length_of_a_schedule_that_ends_with_the_run_decides_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def origins(*overrides: str) -> list[object]:
+        both = ((*overrides, f"runner.max_epochs={length}") for length in (20, 40))
+        return [origin_of_run(load_params(QUICKSTART, each), tmp_path) for each in both]
+
+    one, other = origins("actor.optim.lr_scheduler=cosine")
+    assert one != other
+    one, other = origins("actor.optim.lr_scheduler=cosine", "actor.optim.total_training_steps=40")
+    assert one == other

@@ -86,6 +86,11 @@ def _go_on(
 ) -> Path:
     """All iterations after ``checkpoint``; returns the folder of the final policy."""
     done, guard = checkpoint.iterations_done, checkpoint.guard
+    if done > config.iterations:
+        raise UserError(
+            f"runner.max_epochs={config.iterations}: {checkpoint.directory} has {done} iterations already; set at "
+            "least as many, or remove the training's folder to begin anew"
+        )
     checkpoints.prune(done, guard)
     if done > 0:
         run.go_on_from(checkpoint)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pi0rl.cluster.iterations import Iteration
 from pi0rl.cluster.loop import train as run_loop
@@ -20,7 +22,7 @@ from pi0rl.cluster.setup import (
     validation_plan,
 )
 from pi0rl.errors import UserError
-from pi0rl.experiment import Experiment
+from pi0rl.experiment import Experiment, differences
 from pi0rl.files import replace_text
 from pi0rl.params import Params
 from pi0rl.policy.checkpoints import load_policy, save_policy
@@ -29,7 +31,7 @@ from pi0rl.stages.playing import require_checkpoint
 from pi0rl.tracking.metrics import MetricsWriter
 
 # In a training folder: what the run was begun from. Only a run that was begun from the same is resumed.
-ORIGIN = "origin.txt"
+ORIGIN = "origin.json"
 
 
 def run(experiment: Experiment) -> None:
@@ -39,17 +41,18 @@ def run(experiment: Experiment) -> None:
     _say_what_is_never_idle(params)
     sft_policy = experiment.stage_dir("sft") / "policy"
     require_checkpoint(sft_policy, "sft")
-    origin = _origin(params, sft_policy)
+    origin = origin_of_run(params, sft_policy)
     finished, checkpoints, start = folder / "policy", folder / "checkpoints", folder / "start"
-    if (finished.is_dir() and not checkpoints.is_dir()) or not _began_as(folder, origin):
-        shutil.rmtree(folder, ignore_errors=True)  # finished, or begun from something else: from the start
+    if reason := reason_to_begin_anew(folder, origin):
+        print(f"train: {folder}: {reason}; it is thrown away and training begins anew", file=sys.stderr)
+        shutil.rmtree(folder)
     if not start.is_dir():
         policy = load_policy(sft_policy)
         _require_horizon(params, policy)
         begun = with_heads(policy, critic_config(params), noise_config(params), params.seed)
         _say_which_heads_are_left_out(policy, begun)
         save_policy(begun, start)
-        replace_text(folder / ORIGIN, origin)
+        replace_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
     if not finished.is_dir():
         _run_loop(experiment, start).rename(finished)
     shutil.rmtree(checkpoints)
@@ -111,14 +114,32 @@ def _require_horizon(params: Params, policy: Policy) -> None:
         raise UserError(f"actor.model.num_action_chunks is {chunk} but this policy predicts {horizon} actions")
 
 
-def _origin(params: Params, policy: Path) -> str:
+def origin_of_run(params: Params, policy: Path) -> dict[str, Any]:
     """All that decides a training run: its params and the policy it starts from.
 
     Where it runs is left out: a run whose node is lost goes on at another placement, equal up to rounding from there.
+    So are where it is logged, how many checkpoints are kept, and, unless the learning rate depends on it, its length.
     """
     sections = {"seed", "suites", "env", "rollout", "actor", "openpi", "algorithm", "runner"}
-    return params.model_dump_json(include=sections, indent=1) + "\n" + (policy / "config.json").read_text()
+    tree = params.model_dump(mode="json", include=sections)
+    optim = params.actor.optim
+    free = {"logger", "keep_last"}
+    if optim.lr_scheduler == "constant" or optim.total_training_steps is not None:
+        free.add("max_epochs")
+    tree["runner"] = {key: value for key, value in tree["runner"].items() if key not in free}
+    return tree | {"policy": json.loads((policy / "config.json").read_text())}
 
 
-def _began_as(folder: Path, origin: str) -> bool:
-    return (folder / ORIGIN).is_file() and (folder / ORIGIN).read_text() == origin
+def reason_to_begin_anew(folder: Path, origin: dict[str, Any]) -> str | None:
+    """Why what is in ``folder`` cannot be gone on with; None where it can, or where there is nothing."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if (folder / "policy").is_dir() and not (folder / "checkpoints").is_dir():
+        return "the run there is finished"
+    try:
+        began = json.loads((folder / ORIGIN).read_text())
+        changed = differences(began, origin)
+    except (OSError, ValueError, AttributeError):
+        return f"the run there does not say what it was begun from ({ORIGIN})"
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"the run there was begun with other params ({', '.join(changed[:3])}{more})" if changed else None
