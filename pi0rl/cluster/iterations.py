@@ -14,7 +14,7 @@ from pi0rl.cluster.players import Players, Stopwatch
 from pi0rl.cluster.policies import Learner
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.waiting import WAIT_SECONDS
-from pi0rl.libero.plan import Episode, training_plan
+from pi0rl.libero.plan import Episode, independent_plan, training_plan
 from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
 from pi0rl.rl.guards import GuardState, learning_rate_scale, observe, rolled_back, validated
 
@@ -179,7 +179,8 @@ def _timing(laps: dict[str, float], env: list[dict[str, float]], acting: float, 
 
 def iteration_plan(config: LoopConfig, number: int) -> tuple[Episode, ...]:
     """The episodes of iteration ``number``."""
-    plan = training_plan(
+    draw = independent_plan if config.update.algorithm.compat == "rlinf" else training_plan
+    plan = draw(
         config.suites, config.split, config.episodes, config.group_size, config.seed, number, config.init_state_ids
     )
     return tuple(replace(episode, seed=config.scene_seed) for episode in plan)

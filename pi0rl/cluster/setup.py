@@ -15,7 +15,7 @@ from pi0rl.params import EnvEvalParams, EnvTrainParams, Params
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
-from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
+from pi0rl.rl.config import RewardConfig, UpdateConfig
 
 # The tiny policy's features are 128 wide; RLinf's (512, 256, 128) is made for 1024.
 TINY_CRITIC = (128, 64)
@@ -160,5 +160,5 @@ def loop_config(params: Params) -> LoopConfig:
             algorithm.latch_success and not compat,
         ),
         update=UpdateConfig(algorithm, optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
-        guards=GuardConfig(collapse_drop=None, collapse_kl=None) if compat else algorithm,
+        guards=replace(algorithm, collapse_drop=None, collapse_kl=None) if compat else algorithm,
     )
