@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from pi0rl.errors import UserError
-from pi0rl.params_checks import check_learning
+from pi0rl.params_checks import check_effects, check_learning
 from pi0rl.rl.config import AlgorithmConfig, GuardConfig, OptimConfig, RewardConfig, UpdateConfig
 from pi0rl.rlinf_keys import rlinf_hint
 
@@ -403,6 +403,7 @@ class Params(Section):
                 "set noise_anneal: false, or noise_method: flow_sde or flow_cps"
             )
         check_learning(self)
+        check_effects(self)
         if self.actor.fsdp_config.sharding_strategy == "full_shard" and (model.is_lora or model.torch_compile):
             other = "is_lora" if model.is_lora else "torch_compile"
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Params that are legal one by one and together train nothing, or ask for what cannot be."""
+"""Params that are legal one by one, and together train nothing or leave a key without effect."""
 
 from __future__ import annotations
 
@@ -38,4 +38,33 @@ def check_learning(params: Params) -> None:
         raise ValueError(
             "algorithm.filter_rewards compares the episodes of a group, and algorithm.group_size is 1: all successes "
             "or all failures would be left out; set filter_rewards: false or group_size above 1"
+        )
+
+
+def check_effects(params: Params) -> None:
+    """Refuse keys that another key leaves without effect.
+
+    Raises:
+        ValueError: says which, and which to leave out.
+    """
+    openpi = params.openpi
+    if openpi.joint_logprob and openpi.stochastic_steps != "one":
+        raise ValueError(
+            f"openpi.joint_logprob makes every denoising step stochastic, stochastic_steps {openpi.stochastic_steps} "
+            "would have no effect; set stochastic_steps: one, the default, or joint_logprob: false"
+        )
+    if openpi.ignore_last and (openpi.joint_logprob or openpi.stochastic_steps != "one"):
+        raise ValueError(
+            "openpi.ignore_last keeps the last denoising step from being drawn, and none is drawn with joint_logprob "
+            f"or stochastic_steps {openpi.stochastic_steps}; set ignore_last: false, or stochastic_steps: one"
+        )
+    if openpi.chunk_critic_input and openpi.value_after_vlm:
+        raise ValueError(
+            "openpi.chunk_critic_input chooses among the action expert's tokens, and with value_after_vlm the critic "
+            "reads the VLM's; set one of them to false"
+        )
+    if params.algorithm.entropy_bonus > 0.0 and openpi.noise_method not in ("flow_noise", "reinflow"):
+        raise ValueError(
+            f"algorithm.entropy_bonus rewards noise that is learned, and {openpi.noise_method}'s is given; set "
+            "entropy_bonus: 0, or openpi.noise_method: flow_noise"
         )

@@ -453,5 +453,11 @@ def test_impossible_settings_are_refused() -> None:
         AlgorithmConfig(adv_type="grpo")
     with pytest.raises(UserError, match="at least 2"):
         AlgorithmConfig(adv_type="grpo", loss_type="actor", group_size=1)
+    for name, value in {"value_clip": -0.2, "target_kl": 0.0, "clip_log_ratio_min": 0.1, "entropy_bonus": -1.0}.items():
+        with pytest.raises(UserError, match=f"algorithm.{name}={value}: must"):
+            replace(PPO, **{name: value})
+    with pytest.raises(UserError, match="pull nowhere"):
+        replace(PPO, kl_penalty="kl", kl_beta=0.1)
+    assert replace(PPO, kl_penalty="kl").kl_beta == 0.0  # as RLinf's params have it
     with pytest.raises(UserError, match="micro_batch_size"):
         UpdateConfig(global_batch_size=4, micro_batch_size=8)

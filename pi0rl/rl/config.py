@@ -126,6 +126,17 @@ class AlgorithmConfig:
             self.clip_ratio_c is None or self.clip_ratio_c > 1.0,
             f"algorithm.clip_ratio_c={self.clip_ratio_c}: must be above 1, or null to switch the dual clip off",
         )
+        for name in ("value_clip", "target_kl", "ratio_tolerance", "clip_log_ratio_max"):
+            value = getattr(self, name)
+            _require(value is None or value > 0.0, f"algorithm.{name}={value}: must be positive, or null for none")
+        low = self.clip_log_ratio_min
+        _require(low is None or low < 0.0, f"algorithm.clip_log_ratio_min={low}: must be negative, or null for none")
+        _require(self.entropy_bonus >= 0.0, f"algorithm.entropy_bonus={self.entropy_bonus}: must not be negative")
+        _require(
+            self.kl_penalty != "kl" or self.kl_beta == 0.0 or self.compat == "rlinf",
+            "algorithm.kl_penalty=kl: the mean of its gradient is 0, so that kl_beta would pull nowhere; use gaussian, "
+            "low_var_kl or mse",
+        )
         _require(self.huber_delta > 0.0, f"algorithm.huber_delta={self.huber_delta}: must be positive")
         _require(self.kl_beta >= 0.0, f"algorithm.kl_beta={self.kl_beta}: must not be negative")
         _require(self.update_epoch >= 1, f"algorithm.update_epoch={self.update_epoch}: must be at least 1")
