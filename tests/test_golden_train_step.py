@@ -84,6 +84,7 @@ def rollout_of(arrays: dict[str, Tensor], epochs: int, group_size: int, joint: b
         Trajectory(
             episode=b,
             group=b // group_size,
+            simulated=rewards[:, b].size,
             rewards=rewards[:, b],
             success=np.zeros_like(seen["dones"][1:, b]),
             dones=seen["dones"][1:, b],

@@ -41,6 +41,7 @@ def trajectory(episode: int, success_step: int | None, group: int = 0) -> Trajec
     return Trajectory(
         episode=episode,
         group=group,
+        simulated=steps,
         rewards=shape_rewards(success, RewardConfig()),
         success=success,
         dones=step_dones(success, MAX_STEPS),
@@ -189,6 +190,10 @@ def test_rollout_metrics_count_the_steps_of_the_episode() -> None:
     metrics = rollout_metrics(rollout, make_batch(rollout, PPO, MAX_STEPS))
     assert metrics["env/success_once"] == metrics["env/return"] == 6 / 8
     assert metrics["env/episode_len"] == (4 + 12 + 9 + 1 + 12 + 12 + 3 + 7) / 8
+    assert metrics["env/steps"] == 8 * metrics["env/episode_len"]
+    played_on = Rollout([replace(pad(episode), simulated=MAX_STEPS) for episode in episodes()])
+    metrics = rollout_metrics(played_on, make_batch(played_on, replace(PPO, compat="rlinf"), MAX_STEPS))
+    assert metrics["env/steps"] == 8 * MAX_STEPS > 8 * metrics["env/episode_len"]
     assert metrics["rollout/advantages_mean"] == pytest.approx(0.0, abs=1e-6)
 
 

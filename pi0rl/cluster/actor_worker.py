@@ -245,7 +245,7 @@ class ActorWorker:
             return Evaluation(
                 log_probs=result.log_probs.cpu(),
                 values=result.values.cpu(),
-                entropy=result.entropy.cpu(),
+                entropy=result.entropy.cpu() if sampler.method == "flow_noise" else None,
                 mean=result.mean.cpu(),
                 std=result.std.cpu(),
             )

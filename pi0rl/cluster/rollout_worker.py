@@ -59,6 +59,7 @@ class _Recording:
 
     chunks: list[_Chunk] = field(default_factory=list)
     success: list[np.ndarray] = field(default_factory=list)
+    steps: int = 0
 
 
 class RolloutWorker:
@@ -172,9 +173,11 @@ class RolloutWorker:
         return self._noise.seed, self._noise.stream, self._noise.iteration
 
     def _take_in(self, played: Played) -> None:
-        for episode, success in zip(played.episode, played.success, strict=True):
+        for episode, success, steps in zip(played.episode, played.success, played.steps, strict=True):
             if episode != IDLE:
-                self._recordings[int(episode)].success.append(success)
+                recording = self._recordings[int(episode)]
+                recording.success.append(success)
+                recording.steps += int(steps)
 
     def _record(self, look: Look, drawn: Sample) -> None:
         chains, inds, log_probs, values = (
@@ -196,6 +199,7 @@ def _trajectory(recording: _Recording, episode: Episode, rewards: RewardConfig, 
     return Trajectory(
         episode=episode.index,
         group=episode.group,
+        simulated=recording.steps,
         rewards=shape_rewards(success, rewards),
         success=success,
         dones=step_dones(success, max_episode_steps),

@@ -85,9 +85,10 @@ def actor_loss(
         weights: [N, L] or None, see :func:`aggregate`.
 
     Returns:
-        The loss and its metrics. Three estimate the KL from the old policy (Schulman 2020), per chunk and denoising
-        step: ``actor/approx_kl`` -log rho, ``actor/approx_kl_k2`` ``(log rho)^2 / 2``, ``actor/approx_kl_k3``
-        ``rho - 1 - log rho``, each summed over a chunk's ratios.
+        The loss and its metrics. Three estimate the KL from the old policy (Schulman 2020): ``actor/approx_kl``
+        -log rho, ``actor/approx_kl_k2`` ``(log rho)^2 / 2``, ``actor/approx_kl_k3`` ``rho - 1 - log rho``, each summed
+        over the ratios of what has an advantage (a chunk, or at L = C an action), and averaged over these and over
+        denoising steps.
     """
     log_ratio = sum_to_level(log_probs, config.logprob_type) - sum_to_level(old_log_probs, config.logprob_type)
     if config.clip_log_ratio_min is not None or config.clip_log_ratio_max is not None:

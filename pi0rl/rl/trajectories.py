@@ -22,6 +22,7 @@ class Trajectory:
     Attributes:
         episode: index in the iteration's plan; decides the order of samples.
         group: GRPO group (episodes that share task and initial state).
+        simulated: environment steps that were simulated, those after the end included.
         rewards: float32 [T, C], see :func:`shape_rewards`.
         success: bool [T, C], the task's predicate after every step.
         dones: bool [T, C], success or time limit, see :func:`step_dones`. The last chunk must be done.
@@ -34,6 +35,7 @@ class Trajectory:
 
     episode: int
     group: int
+    simulated: int
     rewards: np.ndarray
     success: np.ndarray
     dones: np.ndarray

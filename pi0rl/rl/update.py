@@ -28,7 +28,7 @@ class Evaluation:
     Attributes:
         log_probs: [n, S, C, E].
         values: [n]; None without critic.
-        entropy: [n], mean per number; None where it cannot change.
+        entropy: [n], mean per number; None where the noise is not learned.
         mean, std: [n, S', C, E], transitions at the stochastic denoising steps; needed for ``kl_penalty="gaussian"``.
     """
 
