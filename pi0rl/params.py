@@ -319,7 +319,8 @@ class RunnerParams(Section):
     A checkpoint is written every ``save_interval`` iterations; while training goes on, the last ``keep_last`` and the
     best are kept. With ``val_check_interval`` (-1: never) the policy is validated every so many iterations, and at the
     end, without exploration noise, under training's step limit, from the last ``val_episodes_per_task`` held-out init
-    states of every task. ``final_policy``: the run's last policy, or the checkpoint that validated best.
+    states of every task; the checkpoint that validated best stays beside the last policy, as ``train/best``.
+    ``final_policy``: the run's last policy, or the checkpoint that validated best.
     """
 
     task_type: Literal["embodied"] = "embodied"

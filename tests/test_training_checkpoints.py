@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_training import QUICKSTART
 
-from pi0rl.cluster.checkpoints import STATE, Checkpoints
+from pi0rl.cluster.checkpoints import STATE, VALIDATION, Checkpoints
 from pi0rl.params import load_params
 from pi0rl.rl.guards import GuardState
 from pi0rl.stages.train import ORIGIN, origin_of_run, reason_to_begin_anew
@@ -45,6 +45,20 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoints.latest(pytest.fail).guard == state
     assert checkpoints.best(state, 4).iterations_done == 1
     assert checkpoints.best(guard(1.0), 4).policy == tmp_path / "start"
+
+
+def test_the_best_of_a_validated_run_stays(tmp_path: Path) -> None:
+    checkpoints, said = begin(tmp_path), []
+    state = GuardState(scores={1: 0.9, 2: 0.1}, validations={0: 0.2, 2: 0.6, 4: 0.4})
+    for done in (2, 4):
+        checkpoints.write(save, done, state)
+    checkpoints.keep_best(tmp_path / "best", said.append)
+    assert json.loads((tmp_path / "best" / VALIDATION).read_text()) == {"iterations": 2, "success": 0.6}
+    assert (tmp_path / "best" / "model.safetensors").is_file()
+    assert said == [f"validated best: the policy of 2 iterations, 60.0%; kept in {tmp_path / 'best'}"]
+    checkpoints.write(save, 4, guard(0.1, 0.9))
+    checkpoints.keep_best(tmp_path / "none", said.append)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_an_interruption_left_is_gone_on_from_and_nothing_else(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pi0rl.cluster.checkpoints import Checkpoints
 from pi0rl.cluster.iterations import Iteration
 from pi0rl.cluster.loop import train as run_loop
 from pi0rl.cluster.placement import resolve_placement
@@ -44,7 +45,7 @@ def run(experiment: Experiment) -> None:
     origin = origin_of_run(params, sft_policy)
     finished, checkpoints, start = folder / "policy", folder / "checkpoints", folder / "start"
     if reason := reason_to_begin_anew(folder, origin):
-        print(f"train: {folder}: {reason}; it is thrown away and training begins anew", file=sys.stderr)
+        _say(f"{folder}: {reason}; it is thrown away and training begins anew")
         shutil.rmtree(folder)
     if not start.is_dir():
         policy = load_policy(sft_policy)
@@ -54,7 +55,9 @@ def run(experiment: Experiment) -> None:
         save_policy(begun, start)
         replace_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
     if not finished.is_dir():
-        _run_loop(experiment, start).rename(finished)
+        trained = _run_loop(experiment, start)
+        Checkpoints(checkpoints, start, params.runner.keep_last).keep_best(folder / "best", _say)
+        trained.rename(finished)
     shutil.rmtree(checkpoints)
     shutil.rmtree(start)
 
@@ -74,6 +77,10 @@ def _run_loop(experiment: Experiment, start: Path) -> Path:
         return run_loop(config, players, placement, start, folder, on_iteration, writer.resume)
 
 
+def _say(line: str) -> None:
+    print(f"train: {line}", file=sys.stderr)
+
+
 def _say_what_validates(params: Params) -> None:
     """One line on the states of validation; an error where the final policy would be chosen by what judges it."""
     plan, judged = validation_plan(params), validated_states_judged(params)
@@ -87,7 +94,7 @@ def _say_what_validates(params: Params) -> None:
             "evaluation; lower evaluation.episodes_per_task or runner.val_episodes_per_task, or set final_policy: last"
         )
     also = f"{judged} of these {len(plan)} in the final evaluation too" if judged else "none in the final evaluation"
-    print(f"train: validated from {states}, {also}", file=sys.stderr)
+    _say(f"validated from {states}, {also}")
 
 
 def _say_what_is_never_idle(params: Params) -> None:
