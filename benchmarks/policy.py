@@ -231,7 +231,7 @@ def measure_full(folder: Path) -> dict[str, Any]:
     trainable = policy.trainable_parameters(train_expert_only=True)
     optimizer = PolicyOptimizer(trainable, {}, OptimConfig())
     expert_gradients(policy, policy.prefix(inputs), drawn)
-    norm, taken = optimizer.step(1e-4, 0.0, critic_only=False)
+    norms = optimizer.step(1e-4, 0.0, critic_only=False)
     step_peak = _peak()
     original = load_policy(folder).named_weights()
     changed = sum(int((original[name] != parameter).sum()) for name, parameter in trainable.items())
@@ -241,8 +241,8 @@ def measure_full(folder: Path) -> dict[str, Any]:
         "after_loading": memory,
         "after_a_look": memory_look,
         "step": {
-            "taken": taken,
-            "grad_norm": norm,
+            "taken": norms.finite,
+            "grad_norm": norms.actor,
             "changed": changed,
             "trainable": sum(parameter.numel() for parameter in trainable.values()),
         },

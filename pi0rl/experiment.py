@@ -159,7 +159,12 @@ def changed_params(experiment: Experiment) -> tuple[str, ...]:
     frozen = experiment.run_dir / "params.yaml"
     if not frozen.is_file():
         return ()
-    before, after = _leaves(_read_yaml(frozen)), _leaves(yaml.safe_load(dump_params(experiment.params)))
+    return differences(_read_yaml(frozen), yaml.safe_load(dump_params(experiment.params)))
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, ...]:
+    """``a.b: 1 -> 2`` for every leaf in which two trees differ; one that is missing is None."""
+    before, after = _leaves(one), _leaves(other)
     keys = dict.fromkeys([*before, *after])
     return tuple(f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key))
 

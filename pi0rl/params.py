@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from pi0rl.errors import UserError
+from pi0rl.params_checks import check_effects, check_learning
 from pi0rl.rl.config import AlgorithmConfig, GuardConfig, OptimConfig, RewardConfig, UpdateConfig
 from pi0rl.rlinf_keys import rlinf_hint
 
@@ -244,12 +245,17 @@ class FsdpParams(Section):
 
 
 class ActorParams(Section):
-    """The learner; with ``enable_offload`` AdamW's moments are in main memory while episodes are played."""
+    """The learner; with ``enable_offload`` AdamW's moments are in main memory while episodes are played.
+
+    ``ema_decay`` (e.g. 0.9) keeps a moving average of the trained weights over iterations: it is what is validated and
+    what the run ends with, while episodes are played and learned from with the weights themselves.
+    """
 
     model: ModelParams = ModelParams()
     optim: OptimParams = OptimParams()
     fsdp_config: FsdpParams = FsdpParams()
     enable_offload: bool = False
+    ema_decay: Fraction | None = Field(default=None, exclude_if=lambda decay: decay is None)
     global_batch_size: Positive = 2048
     micro_batch_size: Positive = 128
     num_threads: Positive = 2
@@ -264,8 +270,9 @@ class OpenpiParams(Section):
     its own; ``ignore_last`` never draws the last one. ``safe_get_logprob`` takes minus the squared error for the
     log-prob. The value head reads the action expert (``chunk_critic_input``: the executed actions' tokens only) or,
     with ``value_after_vlm``, the VLM's tokens, pooled as ``value_vlm_mode`` says: left out, the mean over valid ones
-    (RLinf's ``mean_token`` with ``algorithm.compat: rlinf``). ``noise_logvar_range`` holds the two standard deviations
-    that flow_noise learns between.
+    (RLinf's ``mean_token`` with ``algorithm.compat: rlinf``). With ``value_sees_time`` it also reads how much of the
+    episode's time is over, which no image shows though the time limit ends episodes. ``noise_logvar_range`` holds the
+    two standard deviations that flow_noise learns between.
     """
 
     noise_level: Rate = 0.5
@@ -283,6 +290,8 @@ class OpenpiParams(Section):
     safe_get_logprob: bool = False
     add_value_head: bool = True
     value_after_vlm: bool = False
+    # Written down only where it is set: params that were frozen before it existed stay the same bytes to DVC.
+    value_sees_time: bool = Field(default=False, exclude_if=lambda sees: not sees)
     value_vlm_mode: Literal["mean_token", "first_token", "last_token", "mean_valid"] | None = None
     chunk_critic_input: bool = False
     detach_critic_input: bool = True
@@ -327,7 +336,8 @@ class RunnerParams(Section):
     A checkpoint is written every ``save_interval`` iterations; while training goes on, the last ``keep_last`` and the
     best are kept. With ``val_check_interval`` (-1: never) the policy is validated every so many iterations, and at the
     end, without exploration noise, under training's step limit, from the last ``val_episodes_per_task`` held-out init
-    states of every task. ``final_policy``: the run's last policy, or the checkpoint that validated best.
+    states of every task; the checkpoint that validated best stays beside the last policy, as ``train/best``.
+    ``final_policy``: the run's last policy, or the checkpoint that validated best.
     """
 
     task_type: Literal["embodied"] = "embodied"
@@ -421,6 +431,8 @@ class Params(Section):
                 f"openpi.noise_anneal changes the noise level, which {openpi.noise_method} does not have; "
                 "set noise_anneal: false, or noise_method: flow_sde or flow_cps"
             )
+        check_learning(self)
+        check_effects(self)
         if self.actor.fsdp_config.sharding_strategy == "full_shard" and (model.is_lora or model.torch_compile):
             other = "is_lora" if model.is_lora else "torch_compile"
             raise ValueError(

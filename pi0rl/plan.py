@@ -147,6 +147,8 @@ def _policy_lines(params: Params, placement: Placement, memory: PolicyMemory) ->
                 Line(MAIN if offload else device, "actor", "AdamW's moments", moments),
                 Line(device, "actor", batch, update, in_turn=True),
             ]
+            if params.actor.ema_decay is not None:
+                lines.append(Line(MAIN, "actor", "average of the trained weights", 4.0 * memory.trained))
     return lines
 
 

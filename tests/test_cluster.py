@@ -91,6 +91,7 @@ def test_a_collapse_goes_back_and_a_resumed_run_does_the_same(
         "algorithm.target_kl=null",
         "actor.optim.adam_warmup_steps=0",
         "actor.optim.lr=1.0e-3",
+        "actor.ema_decay=0.5",
         "runner.val_check_interval=1",
         "runner.val_episodes_per_task=1",
     )

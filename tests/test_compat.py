@@ -9,6 +9,7 @@ import pytest
 from test_workers import played, quickstart, start_rollout
 from tiny_policies import PREFIX_CRITIC, make_policy
 
+from pi0rl.cluster.iterations import iteration_plan
 from pi0rl.cluster.setup import critic_config, loop_config, players_config, sampler_config
 from pi0rl.params import Params
 from pi0rl.policy.checkpoints import save_policy
@@ -74,6 +75,25 @@ def test_values_need_not_match_and_nobody_watches_for_a_collapse() -> None:
         assert critic is not None
         assert critic.matches_rollout is ours
         assert (guards.collapse_drop is not None, guards.collapse_kl is not None) == (ours, ours)
+    assert loop_config(quickstart(COMPAT, "algorithm.max_rollbacks=7")).guards.max_rollbacks == 7
+
+
+def test_init_states_are_drawn_without_repetition_or_independently() -> None:
+    def starts(*overrides: str) -> list[tuple[int, int]]:
+        params = quickstart("env.train.total_num_envs=100", "algorithm.rollout_epoch=1", *overrides)
+        plan = iteration_plan(loop_config(params), 3)
+        assert plan == iteration_plan(loop_config(params), 3)
+        return [(row.task_id, row.init_state_id) for row in plan]
+
+    counts = [[task for task, _ in drawn].count(0) for drawn in (starts(), starts(COMPAT))]
+    assert counts[0] == 10 != counts[1]
+    assert len(set(starts())) == 100
+    assert len(set(starts(COMPAT))) < 100
+
+
+def test_a_schedule_is_as_long_as_the_run() -> None:
+    assert loop_config(quickstart()).update.optim.total_training_steps == quickstart().runner.max_epochs
+    assert loop_config(quickstart("actor.optim.total_training_steps=7")).update.optim.total_training_steps == 7
 
 
 @pytest.mark.parametrize(("overrides", "shared"), [((), False), ((COMPAT,), True)], ids=["ours", "rlinf"])

@@ -181,5 +181,5 @@ def test_learning_rate_schedule(file: Path) -> None:
             min_lr_rate=case["min_lr_rate"] or 0.0,
         )
         for step, expected in zip(case["rl_step"], case["lr"], strict=True):
-            factor = learning_rate_factor(config, step, clamp=False)
+            factor = learning_rate_factor(config, step, compat=True)
             assert [base * factor for base in case["base_lr"]] == pytest.approx(expected, rel=0, abs=1e-12)

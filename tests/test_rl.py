@@ -18,12 +18,12 @@ from pi0rl.errors import UserError
 from pi0rl.observation import Observation
 from pi0rl.rl import losses
 from pi0rl.rl.advantages import Batch, Reference, gae, group_advantages, kept_groups, make_batch, valid_mask
-from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig
+from pi0rl.rl.config import AlgorithmConfig, OptimConfig, RewardConfig, UpdateConfig, watched_kl
 from pi0rl.rl.metrics import rollout_metrics
 from pi0rl.rl.optimizer import PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
 from pi0rl.rl.trajectories import Rollout, Trajectory, shape_rewards, step_dones
-from pi0rl.rl.update import Evaluation, UpdateReport, minibatches, update
+from pi0rl.rl.update import Evaluation, UpdateReport, micro_batches, minibatches, update
 
 CHUNK, MAX_STEPS = 3, 12
 PPO = AlgorithmConfig(ratio_tolerance=1e-5)
@@ -42,7 +42,7 @@ def trajectory(episode: int, success_step: int | None, group: int = 0) -> Trajec
     return Trajectory(
         episode=episode,
         group=group,
-        task=0,
+        simulated=steps,
         rewards=shape_rewards(success, RewardConfig()),
         success=success,
         dones=step_dones(success, MAX_STEPS),
@@ -191,6 +191,10 @@ def test_rollout_metrics_count_the_steps_of_the_episode() -> None:
     metrics = rollout_metrics(rollout, make_batch(rollout, PPO, MAX_STEPS))
     assert metrics["env/success_once"] == metrics["env/return"] == 6 / 8
     assert metrics["env/episode_len"] == (4 + 12 + 9 + 1 + 12 + 12 + 3 + 7) / 8
+    assert metrics["env/steps"] == 8 * metrics["env/episode_len"]
+    played_on = Rollout([replace(pad(episode), simulated=MAX_STEPS) for episode in episodes()])
+    metrics = rollout_metrics(played_on, make_batch(played_on, replace(PPO, compat="rlinf"), MAX_STEPS))
+    assert metrics["env/steps"] == 8 * MAX_STEPS > 8 * metrics["env/episode_len"]
     assert metrics["rollout/advantages_mean"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -216,6 +220,17 @@ def test_denoising_steps_have_their_own_ratio_and_are_averaged() -> None:
     assert float(together) == pytest.approx(np.mean([float(loss) for loss, _ in single]), rel=1e-5)
     for name, value in metrics.items():
         assert float(value) == pytest.approx(np.mean([float(part[name]) for _, part in single]), abs=1e-5), name
+
+
+def test_one_far_sample_does_not_decide_the_kl_that_is_watched() -> None:
+    log_ratio = torch.full((126, 1, 1, 1), 0.1)
+    log_ratio[0] = 5.2
+    ones = torch.ones(126, 1)
+    _, metrics = losses.actor_loss(log_ratio, 0 * log_ratio, ones, ones.bool(), PPO)
+    assert watched_kl(PPO) == "actor/approx_kl_k2"
+    assert float(metrics["actor/approx_kl_k2"]) == pytest.approx((0.5 * 5.2**2 + 125 * 0.005) / 126, rel=1e-5)
+    assert float(metrics["actor/approx_kl_k3"]) > 1.0
+    assert watched_kl(replace(PPO, compat="rlinf")) == "actor/approx_kl_k3"
 
 
 # --- update ---
@@ -292,11 +307,42 @@ def test_every_epoch_has_its_own_shuffle_unless_compat() -> None:
         minibatches(15, compat, iteration=0)
 
 
-def test_large_steps_are_stopped_by_kl() -> None:
+def test_micro_batches_are_of_one_size_unless_compat() -> None:
+    config = UpdateConfig(PPO, global_batch_size=128, micro_batch_size=128)
+    assert [len(part) for part in micro_batches(torch.arange(131), config)] == [66, 65]
+    assert [len(part) for part in micro_batches(torch.arange(128), config)] == [128]
+    compat = replace(config, algorithm=replace(PPO, compat="rlinf"))
+    assert [len(part) for part in micro_batches(torch.arange(131), compat)] == [128, 3]
+
+
+def test_the_kl_stop_ends_the_actors_steps_and_not_the_critics() -> None:
     config = settings_for(replace(PPO, target_kl=0.01), lr=0.3)
     _, report = run(config)
     assert report.stopped_by_kl
-    assert len(report.steps) < 4
+    assert len(report.steps) == report.metrics["critic/optimizer_steps"] == 4 * round(len(toy_problem(config)[1]) / 8)
+    moved = [not step.critic_only for step in report.steps]
+    assert moved == sorted(moved, reverse=True)
+    assert 1 <= sum(moved) == report.metrics["actor/optimizer_steps"] < 4
+    alone = toy_problem(config)[0]
+    optimizer = PolicyOptimizer({"mean": alone.mean}, {}, config.optim)
+    actor = replace(config, algorithm=replace(GRPO, target_kl=0.01))
+    batch = make_batch(Rollout(episodes()), actor.algorithm, MAX_STEPS)
+    with torch.no_grad():
+        batch = replace(batch, log_probs=alone.evaluate(batch.samples).log_probs)
+    assert len(update(alone.evaluate, batch, optimizer, actor, iteration=0).steps) < 4
+
+
+def test_the_policys_gradients_do_not_slow_the_critic_unless_compat() -> None:
+    toy, _, optimizer = toy_problem(settings_for())
+    for jointly, expected in ((False, 0.5), (True, 0.5 / 100.0)):
+        toy.mean.grad, toy.value.grad = torch.zeros(CHUNK, 7), torch.tensor([0.5])
+        toy.mean.grad[0, 0] = 100.0
+        seen: list[float] = []
+        hook = optimizer._adamw.register_step_pre_hook(lambda *_, seen=seen: seen.append(float(toy.value.grad)))  # pyright: ignore
+        norms = optimizer.step(1e-3, 1e-2, critic_only=False, clip_jointly=jointly)
+        hook.remove()
+        assert seen == pytest.approx([expected], rel=1e-3)
+        assert norms.critic == (None if jointly else 0.5)
 
 
 def test_a_mismatch_of_log_probs_is_an_error() -> None:
@@ -407,9 +453,10 @@ def test_entropy_bonus_counts_events() -> None:
 
 def test_schedules() -> None:
     cosine = OptimConfig(lr_scheduler="cosine", total_training_steps=100, lr_warmup_steps=10, min_lr_rate=0.1)
-    assert [learning_rate_factor(cosine, step) for step in (0, 5, 10, 55)] == pytest.approx([0.0, 0.5, 1.0, 0.55])
+    assert [learning_rate_factor(cosine, step) for step in (0, 4, 9, 10, 55)] == pytest.approx([0.1, 0.5, 1, 1, 0.55])
     assert learning_rate_factor(cosine, 150) == pytest.approx(0.1)
-    assert learning_rate_factor(cosine, 150, clamp=False) > 0.2
+    assert learning_rate_factor(cosine, 0, compat=True) == 0.0
+    assert learning_rate_factor(cosine, 150, compat=True) > 0.2
     linear = replace(cosine, lr_scheduler="linear")
     assert learning_rate_factor(linear, 55) == pytest.approx(0.55)
     warm = OptimConfig(adam_warmup_steps=4)
@@ -421,5 +468,11 @@ def test_impossible_settings_are_refused() -> None:
         AlgorithmConfig(adv_type="grpo")
     with pytest.raises(UserError, match="at least 2"):
         AlgorithmConfig(adv_type="grpo", loss_type="actor", group_size=1)
+    for name, value in {"value_clip": -0.2, "target_kl": 0.0, "clip_log_ratio_min": 0.1, "entropy_bonus": -1.0}.items():
+        with pytest.raises(UserError, match=f"algorithm.{name}={value}: must"):
+            replace(PPO, **{name: value})
+    with pytest.raises(UserError, match="pull nowhere"):
+        replace(PPO, kl_penalty="kl", kl_beta=0.1)
+    assert replace(PPO, kl_penalty="kl").kl_beta == 0.0  # as RLinf's params have it
     with pytest.raises(UserError, match="micro_batch_size"):
         UpdateConfig(global_batch_size=4, micro_batch_size=8)

@@ -23,7 +23,7 @@ from test_workers import (
 from tiny_policies import PREFIX_CRITIC, make_policy
 from torch.distributed.tensor import DTensor
 
-from pi0rl.cluster.actor_worker import OPTIMIZER, ActorWorker
+from pi0rl.cluster.actor_worker import AVERAGE, OPTIMIZER, TRAINED, ActorWorker
 from pi0rl.cluster.setup import loop_config, sampler_config
 from pi0rl.params import Params
 from pi0rl.policy.checkpoints import save_policy
@@ -40,10 +40,17 @@ PARAMS = (
 )
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-def test_two_that_share_the_weights_learn_as_one_does(tmp_path: Path, recomputed: bool) -> None:
+@pytest.mark.parametrize(
+    ("override", "files"),
+    [
+        ("actor.ema_decay=0.5", ("policy/model.safetensors", AVERAGE, OPTIMIZER, TRAINED)),
+        ("actor.fsdp_config.gradient_checkpointing=true", (OPTIMIZER, "policy/model.safetensors")),
+    ],
+    ids=["averaged", "recomputed"],
+)
+def test_two_that_share_the_weights_learn_as_one_does(tmp_path: Path, override: str, files: tuple[str, ...]) -> None:
     save_policy(make_policy(PREFIX_CRITIC), tmp_path / "start")
-    params = quickstart(*PARAMS, f"actor.fsdp_config.gradient_checkpointing={recomputed}")
+    params = quickstart(*PARAMS, override)
     rollout, alone = start_rollout(params, tmp_path / "start"), start_actor(params, tmp_path / "start")
     parts, expected = [], []
     for iteration in range(2):
@@ -70,13 +77,13 @@ def test_two_that_share_the_weights_learn_as_one_does(tmp_path: Path, recomputed
             assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
     for name, tolerance in (("shared 0", 1e-6), ("shared 1", 1e-5), ("resumed", 1e-5)):
         theirs, ours = (tmp_path / name, tmp_path / f"alone {'0' if name == 'shared 0' else '1'}")
-        for file in ("policy/model.safetensors", OPTIMIZER):
+        for file in files:
             one, other = load_file(theirs / file), load_file(ours / file)
             assert one.keys() == other.keys()
             for key in one:
                 torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=tolerance)
     first, second = (load_file(tmp_path / f"handed over by {rank}.safetensors") for rank in range(2))
-    saved = load_file(tmp_path / "shared 1" / "policy" / "model.safetensors")
+    saved = load_file(tmp_path / "shared 1" / files[-1])
     assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], saved[name]) for name in first)
     alone.resume(tmp_path / "shared 0")
     assert alone.update(1, STEPS, parts[1]) == pytest.approx(expected[1], rel=1e-3, abs=1e-4)
@@ -86,7 +93,7 @@ def learn(rank: int, address: str, params: Params, parts: list[list[Trajectory]]
     """What one of the two does: two updates, and the second one again from the checkpoint that one alone has made."""
     config = loop_config(params)
     settings = sampler_config(params), None, config.update, config.train_expert_only, config.gradient_checkpointing
-    actor = ActorWorker(folder / "start", *settings, 1, "cpu", sharded=True)
+    actor = ActorWorker(folder / "start", *settings, 1, "cpu", sharded=True, ema_decay=config.ema_decay)
     actor.start()
     actor.join(address, rank, 2)
     spread = [parameter for parameter in actor._trainable.values() if isinstance(parameter, DTensor)]

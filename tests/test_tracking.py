@@ -24,7 +24,7 @@ from pi0rl.tracking.mlflow_logger import MlflowLogger, flatten, tracking_uri
 from pi0rl.tracking.publish import catch_up, dvc_hashes, evaluation_metrics, publish
 from pi0rl.tracking.sweep import begin_sweep
 from pi0rl.tracking.system import gpu_metrics
-from pi0rl.tracking.terminal import TrainingView, sparkline
+from pi0rl.tracking.terminal import TrainingView, plain_line, sparkline
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_what_a_finished_run_missed_is_sent_when_the_server_is_back(
 
 def _calm(iterations: int) -> tuple[Table, Table]:
     metrics = {
-        step: {"env/success_once": 0.5, "actor/approx_kl_k3": 0.01, "env/steps": 100.0} for step in range(iterations)
+        step: {"env/success_once": 0.5, "actor/approx_kl_k2": 0.01, "env/steps": 100.0} for step in range(iterations)
     }
     timing = {
         step: {"time/step": 10.0, "time/generate_rollouts": 8.0, "time/env/render": 6.0} for step in range(iterations)
@@ -243,7 +243,7 @@ def test_alarms_name_what_is_wrong_and_only_that() -> None:
     assert _kinds(last, metrics, timing, actor__loss=float("nan")) == ["not finite"]
     assert _kinds(0, metrics, timing, actor__loss=float("nan")) == ["not finite"]  # from the first iteration on
     assert _kinds(last, metrics, timing, actor__skipped_steps=2.0) == ["not finite"]
-    assert _kinds(last, metrics, timing, actor__approx_kl_k3=0.41) == ["KL"]
+    assert _kinds(last, metrics, timing, actor__approx_kl_k2=0.41) == ["KL"]
     assert _kinds(last, metrics, timing | {last: timing[last] | {"perf/env_slowest": 1.7}}) == ["slow worker"]
     assert _kinds(last, metrics, timing | {last: timing[last] | {"time/step": 30.0}}) == ["slow iteration"]
     for step in range(WINDOW, 2 * WINDOW):
@@ -255,7 +255,7 @@ def test_alarms_are_shown_and_kept_over_a_resume(experiment: Experiment, capsys:
     with MetricsWriter(experiment) as writer:
         writer.resume(0)
         for number in range(4):
-            writer.write(number, {"actor/approx_kl_k3": 9.0 if number in (1, 3) else 0.0}, {"time/step": 1.0})
+            writer.write(number, {"actor/approx_kl_k2": 9.0 if number in (1, 3) else 0.0}, {"time/step": 1.0})
     assert capsys.readouterr().err.count("ALARM (KL) at iteration") == 2
     path = experiment.stage_dir("train") / "alarms.csv"
     assert [alarm.iteration for alarm in read_alarms(path)] == [1, 3]
@@ -281,6 +281,9 @@ def test_the_view_is_a_panel_in_a_terminal_and_lines_in_a_log() -> None:
     assert first.startswith("train: iteration 1/30, 0:10, 4:50 left; success 0.50")
     assert second.startswith("train: iteration 3/30, 0:30, 4:30 left; success 0.50")
     assert "env workers 75% busy" in second
+    assert "KL 0.000" in second
+    metrics[2]["rollout/samples"] = 0.0
+    assert "success 0.50, length 0, all groups filtered, nothing to learn from, " in plain_line(30, metrics, timing)
     assert alarm == "ALARM (not finite) at iteration 2: actor/loss"
     assert terminal.getvalue().count("\x1b[5F\x1b[J") == 1
     assert sparkline([0.0, 0.5, 1.0], 0, 1) == "▁▅█"

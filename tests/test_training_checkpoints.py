@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from tiny_training import QUICKSTART
 
-from pi0rl.cluster.checkpoints import STATE, Checkpoints
+from pi0rl.cluster.checkpoints import STATE, VALIDATION, Checkpoints
+from pi0rl.params import load_params
 from pi0rl.rl.guards import GuardState
+from pi0rl.stages.train import ORIGIN, origin_of_run, reason_to_begin_anew
 
 
 def begin(folder: Path, start: str = "digest of the start") -> Checkpoints:
@@ -41,6 +45,20 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoints.latest(pytest.fail).guard == state
     assert checkpoints.best(state, 4).iterations_done == 1
     assert checkpoints.best(guard(1.0), 4).policy == tmp_path / "start"
+
+
+def test_the_best_of_a_validated_run_stays(tmp_path: Path) -> None:
+    checkpoints, said = begin(tmp_path), []
+    state = GuardState(scores={1: 0.9, 2: 0.1}, validations={0: 0.2, 2: 0.6, 4: 0.4})
+    for done in (2, 4):
+        checkpoints.write(save, done, state)
+    checkpoints.keep_best(tmp_path / "best", said.append)
+    assert json.loads((tmp_path / "best" / VALIDATION).read_text()) == {"iterations": 2, "success": 0.6}
+    assert (tmp_path / "best" / "model.safetensors").is_file()
+    assert said == [f"validated best: the policy of 2 iterations, 60.0%; kept in {tmp_path / 'best'}"]
+    checkpoints.write(save, 4, guard(0.1, 0.9))
+    checkpoints.keep_best(tmp_path / "none", said.append)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_an_interruption_left_is_gone_on_from_and_nothing_else(tmp_path: Path) -> None:
@@ -99,3 +117,38 @@ def test_those_of_another_run_are_refused(tmp_path: Path) -> None:
     assert other.latest(said.append).policy == tmp_path / "start"
     assert "began from another policy" in said[0]
     assert "anew" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("runner.max_epochs=60", None),
+        ("runner.keep_last=9", None),
+        ("runner.logger.experiment_name=other", None),
+        ("actor.optim.lr=0.5", r"begun with other params \(actor.optim.lr: 6e-05 -> 0.5\)"),
+        ("runner.save_interval=1", "runner.save_interval: 4 -> 1"),
+    ],
+)
+def test_what_a_run_is_gone_on_with_after_a_change(tmp_path: Path, change: str, reason: str | None) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.json").write_text('{"weights_sha256": "0"}')
+    folder = tmp_path / "train"
+    assert reason_to_begin_anew(folder, {}) is None
+    (folder / "checkpoints").mkdir(parents=True)
+    began = origin_of_run(load_params(QUICKSTART), tmp_path / "sft")
+    (folder / ORIGIN).write_text(json.dumps(began))
+    said = reason_to_begin_anew(folder, origin_of_run(load_params(QUICKSTART, (change,)), tmp_path / "sft"))
+    assert (said is None) if reason is None else re.search(reason, said or "")
+
+
+def test_the_length_of_a_schedule_that_ends_with_the_run_decides_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def origins(*overrides: str) -> list[object]:
+        both = ((*overrides, f"runner.max_epochs={length}") for length in (20, 40))
+        return [origin_of_run(load_params(QUICKSTART, each), tmp_path) for each in both]
+
+    one, other = origins("actor.optim.lr_scheduler=cosine")
+    assert one != other
+    one, other = origins("actor.optim.lr_scheduler=cosine", "actor.optim.total_training_steps=40")
+    assert one == other

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from pi0rl.libero.slots import Look, Played
 from pi0rl.params import Params, load_params
 from pi0rl.policy.checkpoints import load_policy, save_policy
 from pi0rl.policy.weights import policy_tensors
-from pi0rl.rl.trajectories import Trajectory
+from pi0rl.rl.trajectories import Rollout, Trajectory
 
 QUICKSTART = Path(__file__).parents[1] / "params" / "quickstart.yaml"
 EPISODES, CHUNKS, CHUNK = 4, 3, 8
@@ -51,7 +53,8 @@ def quickstart(*overrides: str) -> Params:
 
 
 def start_rollout(params: Params, checkpoint: Path) -> RolloutWorker:
-    worker = RolloutWorker(checkpoint, sampler_config(params), lora_config(params), 1, "cpu")
+    limit = CHUNKS * CHUNK
+    worker = RolloutWorker(checkpoint, sampler_config(params), lora_config(params), 1, "cpu", max_episode_steps=limit)
     worker.start()
     return worker
 
@@ -59,12 +62,12 @@ def start_rollout(params: Params, checkpoint: Path) -> RolloutWorker:
 def start_actor(params: Params, checkpoint: Path) -> ActorWorker:
     config = loop_config(params)
     settings = sampler_config(params), lora_config(params), config.update, config.train_expert_only
-    worker = ActorWorker(checkpoint, *settings, False, 1, "cpu")
+    worker = ActorWorker(checkpoint, *settings, False, 1, "cpu", ema_decay=config.ema_decay)
     worker.start()
     return worker
 
 
-def played(params: Params, rollout: RolloutWorker, iteration: int) -> list[Trajectory]:
+def played(params: Params, rollout: RolloutWorker, iteration: int, luck: float = 0.1) -> list[Trajectory]:
     """The trajectories of episodes that see noise for pictures and succeed by luck."""
     rng = np.random.default_rng(iteration)
     rollout.begin(NoiseKey(0, 0, iteration), "train")
@@ -73,7 +76,7 @@ def played(params: Params, rollout: RolloutWorker, iteration: int) -> list[Traje
         over = chunk == CHUNKS
         episode = np.full(EPISODES, -1) if over else index
         rollout.act(Look(observe(EPISODES, chunk), episode, np.full(EPISODES, chunk), before))
-        success = rng.random((EPISODES, CHUNK)) < (0.1 if chunk == CHUNKS - 1 else 0.0)
+        success = rng.random((EPISODES, CHUNK)) < (luck if chunk == CHUNKS - 1 else 0.0)
         before = Played(index, success, np.full(EPISODES, CHUNK), np.full(EPISODES, chunk == CHUNKS - 1))
     return rollout.trajectories(PLAN, params.algorithm, CHUNKS * CHUNK)
 
@@ -100,18 +103,44 @@ def test_the_noise_level_is_annealed_by_rl_steps() -> None:
     assert constant.at(9).noise_level == 0.6
 
 
-LORA = (
-    "actor.model.is_lora=true",
-    "actor.model.lora_rank=4",
-    "actor.optim.lr=0.001",
-    "actor.optim.critic_warmup_iterations=0",
-    "algorithm.target_kl=null",
-)
+@pytest.mark.parametrize("source", ["prefix", "expert"])
+def test_rollout_and_update_show_the_critic_the_same_time(source: Literal["prefix", "expert"], tmp_path: Path) -> None:
+    critic = replace(PREFIX_CRITIC, append_time=True)
+    if source == "expert":
+        critic = replace(critic, source=source, append_state=False, matches_rollout=True)
+    save_policy(make_policy(critic), tmp_path / "policy")
+    params = quickstart("openpi.value_sees_time=true")
+    trajectories = played(params, start_rollout(params, tmp_path / "policy"), iteration=0)
+    assert all(len(set(trajectory.values)) == len(trajectory) for trajectory in trajectories)
+    actor = start_actor(params, tmp_path / "policy")
+    rollout = Rollout(trajectories)
+    evaluate = actor._evaluator(rollout, 0, CHUNKS * CHUNK)  # pyright: ignore[reportPrivateUsage]
+    recorded = rollout.values[:-1][rollout.real][:, 0]
+    with torch.no_grad():
+        values = evaluate(torch.arange(len(rollout))).values
+        assert values is not None
+        torch.testing.assert_close(values, recorded, atol=1e-6, rtol=1e-6)
+    late = actor._evaluator(rollout, 0, 2 * CHUNKS * CHUNK)  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        assert not torch.allclose(late(torch.arange(len(rollout))).values, recorded)  # pyright: ignore
+    actor.save(tmp_path)
+    config = tmp_path / "policy" / "config.json"
+    config.write_text(config.read_text().replace('"append_time": true', '"append_time": false'))
+    with pytest.raises(UserError, match=r"value_head\.mlp\.0\.weight has shape"):
+        load_policy(tmp_path / "policy")
 
 
-def test_a_run_with_adapters_hands_over_and_resumes(checkpoint: Path, tmp_path: Path) -> None:
+FAST = ("actor.optim.lr=0.001", "actor.optim.critic_warmup_iterations=0", "algorithm.target_kl=null")
+LORA = ("actor.model.is_lora=true", "actor.model.lora_rank=4", *FAST)
+AVERAGE = ("actor.ema_decay=0.75", *FAST)
+
+
+@pytest.mark.parametrize("overrides", [LORA, (*AVERAGE, *LORA)], ids=["adapters", "their average"])
+def test_a_run_with_adapters_hands_over_and_resumes(
+    overrides: tuple[str, ...], checkpoint: Path, tmp_path: Path
+) -> None:
     """The rollout side takes over adapters by name, and a resumed run ends in the same bytes."""
-    params = quickstart(*LORA)
+    params = quickstart(*overrides)
     rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
 
     def iterate(number: int, rollout, actor) -> dict[str, float]:
@@ -132,13 +161,56 @@ def test_a_run_with_adapters_hands_over_and_resumes(checkpoint: Path, tmp_path: 
     rollout.load(actor.weights())
     iterate(1, rollout, actor)
     actor.save(folders[2])
-    for file in ("policy/model.safetensors", "trained.safetensors", "optimizer.safetensors"):
+    files = sorted(str(path.relative_to(folders[1])) for path in folders[1].rglob("*.safetensors"))
+    assert len(files) == (4 if "actor.ema_decay=0.75" in overrides else 3)
+    for file in files:
         assert (folders[2] / file).read_bytes() == (folders[1] / file).read_bytes(), file
     text = "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.gate_proj.weight"
     places = (checkpoint, folders[0] / "policy", folders[1] / "policy")
     start, first, second = (policy_tensors(load_policy(place))[text] for place in places)
     assert not torch.equal(start, first)
     assert not torch.equal(first, second)
+
+
+def test_the_average_is_shown_and_saved_while_the_weights_are_trained(checkpoint: Path, tmp_path: Path) -> None:
+    params = quickstart(*AVERAGE)
+    rollout, actor = start_rollout(params, checkpoint), start_actor(params, checkpoint)
+
+    def trained() -> dict[str, torch.Tensor]:
+        return {name: weight.clone() for name, weight in actor.weights().items()}
+
+    seen = [trained()]
+    for iteration in range(2):
+        metrics = actor.update(iteration, CHUNKS * CHUNK, played(params, rollout, iteration))
+        assert metrics["actor/first_ratio_error"] < 1e-3
+        seen.append(trained())
+        rollout.load(actor.weights())
+    actor.show_average()
+    shown = trained()
+    actor.put_back()
+    actor.save(tmp_path)
+    saved = policy_tensors(load_policy(tmp_path / "policy"))
+    for name, weight in actor.weights().items():
+        start, first, second = (weights[name] for weights in seen)
+        assert torch.equal(weight, second)
+        expected = 0.75**2 * start + 0.75 * 0.25 * first + 0.25 * second
+        torch.testing.assert_close(shown[name], expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(saved[name], shown[name])
+    actor.resume(None)
+    actor.show_average()
+    assert all(torch.equal(weight, seen[0][name]) for name, weight in trained().items())
+
+
+def test_where_every_group_is_filtered_nothing_is_learned_and_nothing_is_nan(tmp_path: Path) -> None:
+    save_policy(make_policy(), tmp_path / "policy")
+    grpo = ("openpi.add_value_head=false", "algorithm.adv_type=grpo", "algorithm.group_size=4")
+    params = quickstart(*grpo, "algorithm.filter_rewards=true", "algorithm.kl_beta=0.1")
+    rollout, actor = (start(params, tmp_path / "policy") for start in (start_rollout, start_actor))
+    before = {name: weight.clone() for name, weight in actor.weights().items()}
+    metrics = actor.update(0, CHUNKS * CHUNK, played(params, rollout, 0, luck=0.0))
+    assert metrics["rollout/samples"] == metrics["actor/optimizer_steps"] == 0.0
+    assert np.isfinite(list(metrics.values())).all()
+    assert all(torch.equal(weight, before[name]) for name, weight in actor.weights().items())
 
 
 def test_the_kl_term_is_to_the_policy_that_training_began_with(checkpoint: Path) -> None:

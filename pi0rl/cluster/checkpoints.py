@@ -21,6 +21,8 @@ from pi0rl.rl.guards import GuardState, best_of, guard_state, guard_state_json
 # In a checkpoint beside what the actor writes: its digests, and what else decides how the run goes on.
 STATE = "state.json"
 FORMAT = "pi0rl-training-1"
+# In the best policy's folder when the run is over: how many iterations made it, and its success where it was validated.
+VALIDATION = "validation.json"
 REGULAR, STOPPED = "iteration", "stopped"
 
 
@@ -79,6 +81,23 @@ class Checkpoints:
                     continue  # one that cannot be read is no place to go back to; a resume says why
         chosen = best_of(guard, candidates)
         return candidates[0 if chosen is None else chosen]
+
+    def keep_best(self, target: Path, notice: Callable[[str], None]) -> None:
+        """Copy the policy that validated best to ``target``, with its score beside it (``VALIDATION``).
+
+        Nothing where the run was not validated: one iteration's success in training says too little.
+        """
+        last = self.latest(notice)
+        validations = last.guard.validations
+        best = self.best(last.guard, last.iterations_done)
+        if best.iterations_done not in validations:
+            return
+        success = validations[best.iterations_done]
+        with replace_directory(target) as temporary:
+            shutil.copytree(best.policy, temporary, dirs_exist_ok=True)
+            score = {"iterations": best.iterations_done, "success": success}
+            (temporary / VALIDATION).write_text(json.dumps(score, indent=1) + "\n")
+        notice(f"validated best: the policy of {best.iterations_done} iterations, {success:.1%}; kept in {target}")
 
     def write(self, save: Callable[[Path], None], done: int, guard: GuardState) -> None:
         """Write a checkpoint under a temporary name and rename it; only then old ones go.

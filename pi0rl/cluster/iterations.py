@@ -14,7 +14,7 @@ from pi0rl.cluster.players import Players, Stopwatch
 from pi0rl.cluster.policies import Learner
 from pi0rl.cluster.rollout_worker import NoiseKey
 from pi0rl.cluster.waiting import WAIT_SECONDS
-from pi0rl.libero.plan import Episode, training_plan
+from pi0rl.libero.plan import Episode, independent_plan, training_plan
 from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
 from pi0rl.rl.guards import GuardState, learning_rate_scale, observe, rolled_back, validated
 
@@ -39,6 +39,7 @@ class LoopConfig:
         train_expert_only, gradient_checkpointing, num_threads: of the actor.
         sharded: whether its weights are spread over its processes.
         offload: whether its moments are in main memory while episodes are played.
+        ema_decay: of the average of its weights per iteration, which is what is validated and saved; None: no average.
     """
 
     suites: tuple[str, ...]
@@ -60,6 +61,7 @@ class LoopConfig:
     num_threads: int
     sharded: bool
     offload: bool
+    ema_decay: float | None
     rewards: RewardConfig
     update: UpdateConfig
     guards: GuardConfig
@@ -119,7 +121,8 @@ class Run:
         """Success over the validation plan of the policy after ``done`` iterations, by suite as metrics, seconds."""
         watch, plan = Stopwatch(), self._config.validation_plan
         noise = NoiseKey(self._config.seed, VALIDATION_STREAM, 0)
-        results = self._players.play(plan, noise, "eval", version=self._learner.version)
+        with self._learner.as_saved():
+            results = self._players.play(plan, noise, "eval", version=self._learner.version)
         watch.lap("time/eval")
         outcomes: dict[str, list[bool]] = {}
         for episode, result in zip(plan, results, strict=True):
@@ -176,7 +179,8 @@ def _timing(laps: dict[str, float], env: list[dict[str, float]], acting: float, 
 
 def iteration_plan(config: LoopConfig, number: int) -> tuple[Episode, ...]:
     """The episodes of iteration ``number``."""
-    plan = training_plan(
+    draw = independent_plan if config.update.algorithm.compat == "rlinf" else training_plan
+    plan = draw(
         config.suites, config.split, config.episodes, config.group_size, config.seed, number, config.init_state_ids
     )
     return tuple(replace(episode, seed=config.scene_seed) for episode in plan)

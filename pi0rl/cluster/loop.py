@@ -65,7 +65,8 @@ def train(
             with Reservation(placement, players_config.workers) as room:
                 on_resume(checkpoint.iterations_done)
                 policies = start_policies(room, *make_policies)
-                run = Run(config, checkpoints, Learner(policies), Players(players_config, room, policies.rollouts))
+                learner = Learner(policies, averages=config.ema_decay is not None)
+                run = Run(config, checkpoints, learner, Players(players_config, room, policies.rollouts))
                 return _go_on(run, config, checkpoints, checkpoint, on_iteration, notice)
         except WorkerFailed as failure:
             failures[checkpoint.iterations_done] += 1
@@ -85,6 +86,11 @@ def _go_on(
 ) -> Path:
     """All iterations after ``checkpoint``; returns the folder of the final policy."""
     done, guard = checkpoint.iterations_done, checkpoint.guard
+    if done > config.iterations:
+        raise UserError(
+            f"runner.max_epochs={config.iterations}: {checkpoint.directory} has {done} iterations already; set at "
+            "least as many, or remove the training's folder to begin anew"
+        )
     checkpoints.prune(done, guard)
     if done > 0:
         run.go_on_from(checkpoint)
@@ -162,4 +168,5 @@ def _actor_maker(config: LoopConfig, players: PlayersConfig, start: Path) -> Mak
         compiled=players.compiled,
         sharded=config.sharded,
         offload=config.offload,
+        ema_decay=config.ema_decay,
     )

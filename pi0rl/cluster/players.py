@@ -144,7 +144,9 @@ def open_players(config: PlayersConfig, placement: Placement, checkpoint: Path) 
 
 def rollout_maker(config: PlayersConfig, checkpoint: Path) -> MakeRollout:
     """What makes the rollout worker of a device, with the policy of ``checkpoint``."""
-    return partial(RolloutWorker, checkpoint, config.sampler, config.lora, 1, compiled=config.compiled)
+    limit = config.slot.max_episode_steps
+    made = partial(RolloutWorker, checkpoint, config.sampler, config.lora, 1)
+    return partial(made, compiled=config.compiled, max_episode_steps=limit)
 
 
 class Stopwatch:

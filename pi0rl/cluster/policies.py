@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,12 +64,16 @@ def start_policies(room: Reservation, make_rollout: MakeRollout, make_actor: Mak
 class Learner:
     """The actor component: one process or several that make the same update.
 
+    Args:
+        policies: the processes.
+        averages: whether an average of the trained weights is kept, which is what the run makes.
+
     Attributes:
         version: of the weights that were handed over last; 0 are those that the processes began with.
     """
 
-    def __init__(self, policies: Policies) -> None:
-        self._policies = policies
+    def __init__(self, policies: Policies, averages: bool = False) -> None:
+        self._policies, self._averages = policies, averages
         self.version = 0
 
     def resume(self, directory: Path | None) -> None:
@@ -116,3 +121,19 @@ class Learner:
             loads = [rollout.load.remote(weights, version) for rollout in self._policies.copies]
             fetch_all(loads, "the rollout workers to take over the weights")
         self.version = version
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """In the block everybody acts with the weights that a saved policy would have: the average, where one is kept.
+
+        After an error they stay so: whoever goes on starts the processes again.
+        """
+        if not self._averages:
+            yield
+            return
+        actors = self._policies.actors
+        fetch_all([actor.show_average.remote() for actor in actors], "the actor's average")
+        self.hand_over()
+        yield
+        fetch_all([actor.put_back.remote() for actor in actors], "the actor to put its weights back")
+        self.hand_over()

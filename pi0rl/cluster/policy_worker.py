@@ -91,6 +91,14 @@ class PolicyWorker:
         """The weights are as they are to be handed over, and have a name."""
         self._version = version
 
+    def show_average(self) -> None:
+        self._version = None
+        self._learning.show_average()
+
+    def put_back(self) -> None:
+        self._version = None
+        self._learning.put_back()
+
     def weights(self) -> dict[str, Tensor]:
         return self._learning.weights()
 

@@ -52,8 +52,9 @@ def training_needs(params: Params, start: Path, directory: Path) -> Needs:
         env_workers=0 if params.cluster.address else env.workers,
         shared=2 * env.total_num_envs * look + (played if apart else 0),
         directory=directory,
-        # weights and two moments each; one more is written before an old one goes
-        disk=3 * policy * (params.runner.keep_last + 2),
+        # weights and two moments each, with an average also that and what was trained; one more is written before an
+        # old one goes
+        disk=(3 if params.actor.ema_decay is None else 5) * policy * (params.runner.keep_last + 2),
     )
 
 

@@ -28,7 +28,7 @@ from pi0rl.policy.sampling import (
     step_uniform,
 )
 from pi0rl.rl.config import RewardConfig
-from pi0rl.rl.trajectories import Trajectory, shape_rewards, step_dones
+from pi0rl.rl.trajectories import Trajectory, elapsed_time, shape_rewards, step_dones
 
 PlayMode = Literal["train", "eval"]
 
@@ -59,10 +59,14 @@ class _Recording:
 
     chunks: list[_Chunk] = field(default_factory=list)
     success: list[np.ndarray] = field(default_factory=list)
+    steps: int = 0
 
 
 class RolloutWorker:
     """A policy that acts for the env workers that are wired to it.
+
+    Args:
+        max_episode_steps: training's limit; None in evaluations, where nobody asks for values.
 
     Attributes:
         seconds: spent on acting since ``begin``.
@@ -76,11 +80,13 @@ class RolloutWorker:
         num_threads: int,
         device: str,
         compiled: bool = False,
+        max_episode_steps: int | None = None,
     ) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.use_deterministic_algorithms(True)
         self._num_threads, self._checkpoint, self._annealed, self._device = num_threads, checkpoint, sampler, device
         self._sampler, self._lora, self._compiled = sampler.at(0), lora, compiled
+        self._max_episode_steps = max_episode_steps
         self._noise = NoiseKey(0, 0, 0)
         self._mode: PlayMode = "eval"
         self._recordings: dict[int, _Recording] = {}
@@ -136,7 +142,7 @@ class RolloutWorker:
             ]
         ).to(self._device)
         inputs = self._policy.processing.inputs(look.observation).to(self._device)
-        drawn = sample(self._policy, inputs, noise, config, self._mode)
+        drawn = sample(self._policy, inputs, noise, config, self._mode, self._elapsed(look))
         if self._mode == "train":
             self._record(look, drawn)
         actions = self._policy.processing.env_actions(drawn.actions.cpu(), look.observation)
@@ -151,6 +157,12 @@ class RolloutWorker:
             for index, recording in sorted(self._recordings.items())
         ]
 
+    def _elapsed(self, look: Look) -> torch.Tensor | None:
+        if self._max_episode_steps is None:
+            return None
+        elapsed = elapsed_time(look.chunk, self._max_episode_steps, self._sampler.action_chunk)
+        return torch.from_numpy(elapsed).to(self._device)
+
     def _look_noise(self, episode: int, chunk: int, shape: tuple[int, int, int]) -> EpisodeNoise:
         noise, shared = episode_noise(*self._key(), episode, chunk, shape), self._sampler.step_shared_by
         if shared == 1:
@@ -161,9 +173,11 @@ class RolloutWorker:
         return self._noise.seed, self._noise.stream, self._noise.iteration
 
     def _take_in(self, played: Played) -> None:
-        for episode, success in zip(played.episode, played.success, strict=True):
+        for episode, success, steps in zip(played.episode, played.success, played.steps, strict=True):
             if episode != IDLE:
-                self._recordings[int(episode)].success.append(success)
+                recording = self._recordings[int(episode)]
+                recording.success.append(success)
+                recording.steps += int(steps)
 
     def _record(self, look: Look, drawn: Sample) -> None:
         chains, inds, log_probs, values = (
@@ -185,7 +199,7 @@ def _trajectory(recording: _Recording, episode: Episode, rewards: RewardConfig, 
     return Trajectory(
         episode=episode.index,
         group=episode.group,
-        task=episode.task_id,
+        simulated=recording.steps,
         rewards=shape_rewards(success, rewards),
         success=success,
         dones=step_dones(success, max_episode_steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pi0rl.cluster.iterations import LoopConfig
@@ -14,7 +15,7 @@ from pi0rl.params import EnvEvalParams, EnvTrainParams, Params
 from pi0rl.policy.critic import CriticConfig, NoiseHeadConfig
 from pi0rl.policy.lora import LoraConfig
 from pi0rl.policy.sampling import SamplerConfig
-from pi0rl.rl.config import GuardConfig, RewardConfig, UpdateConfig
+from pi0rl.rl.config import RewardConfig, UpdateConfig
 
 # The tiny policy's features are 128 wide; RLinf's (512, 256, 128) is made for 1024.
 TINY_CRITIC = (128, 64)
@@ -38,6 +39,7 @@ def critic_config(params: Params) -> CriticConfig | None:
         matches_rollout=not compat,
         pooling=openpi.value_vlm_mode or ("mean_token" if compat else "mean_valid"),
         append_state=openpi.value_after_vlm and not compat,
+        append_time=openpi.value_sees_time and not compat,
     )
 
 
@@ -127,7 +129,9 @@ def validated_states_judged(params: Params) -> int:
 def loop_config(params: Params) -> LoopConfig:
     """The training run."""
     algorithm, env, actor, runner = params.algorithm, params.env.train, params.actor, params.runner
-    compat = _compat(params)
+    compat, optim = _compat(params), actor.optim
+    if optim.total_training_steps is None:
+        optim = replace(optim, total_training_steps=runner.max_epochs)
     return LoopConfig(
         suites=params.suites,
         split=env.split,
@@ -148,12 +152,13 @@ def loop_config(params: Params) -> LoopConfig:
         num_threads=actor.num_threads,
         sharded=actor.fsdp_config.sharding_strategy == "full_shard",
         offload=actor.enable_offload,
+        ema_decay=actor.ema_decay,
         rewards=RewardConfig(
             algorithm.reward_coef,
             algorithm.use_rel_reward,
             algorithm.use_step_penalty,
             algorithm.latch_success and not compat,
         ),
-        update=UpdateConfig(algorithm, actor.optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
-        guards=GuardConfig(collapse_drop=None, collapse_kl=None) if compat else algorithm,
+        update=UpdateConfig(algorithm, optim, actor.global_batch_size, actor.micro_batch_size, params.seed),
+        guards=replace(algorithm, collapse_drop=None, collapse_kl=None) if compat else algorithm,
     )

@@ -134,29 +134,57 @@ def training_plan(
     Raises:
         UserError: `episodes` is not a multiple of `group_size`, an init state does not exist, or a name is unknown.
     """
+    groups = _groups(episodes, group_size)
+    tasks = [task for suite in suites for task in suite_tasks(suite)]
+    turns = [(iteration * groups + group) % len(tasks) for group in range(groups)]
+    draws = {}
+    for turn in set(turns):
+        generator = np.random.default_rng((seed, iteration, turn))
+        draws[turn] = iter(_draw(tasks[turn], turns.count(turn), generator, init_state_ids))
+    return _in_groups([(tasks[turn], next(draws[turn])) for turn in turns], split, group_size, seed, init_state_ids)
+
+
+def independent_plan(
+    suites: Sequence[str],
+    split: Split,
+    episodes: int,
+    group_size: int,
+    seed: int,
+    iteration: int,
+    init_state_ids: range,
+) -> tuple[Episode, ...]:
+    """As `training_plan`, but every group draws its task and init state independently of the others, as in RLinf: tasks
+    come in unequal numbers, and states repeat."""
+    groups, generator = _groups(episodes, group_size), np.random.default_rng((seed, iteration))
+    tasks = [task for suite in suites for task in suite_tasks(suite)]
+    chosen = generator.integers(len(tasks), size=groups)
+    starts = [(tasks[turn], _draw(tasks[turn], 1, generator, init_state_ids)[0]) for turn in chosen]
+    return _in_groups(starts, split, group_size, seed, init_state_ids)
+
+
+def _groups(episodes: int, group_size: int) -> int:
     if episodes < 1 or group_size < 1 or episodes % group_size:
         raise UserError(
             f"{episodes} episodes in groups of {group_size}: expected a positive multiple of the group size"
         )
-    tasks = [task for suite in suites for task in suite_tasks(suite)]
-    groups = episodes // group_size
-    turns = [(iteration * groups + group) % len(tasks) for group in range(groups)]
-    draws = {
-        turn: iter(_draw(tasks[turn], turns.count(turn), (seed, iteration, turn), init_state_ids)) for turn in turns
-    }
+    return episodes // group_size
+
+
+def _in_groups(
+    starts: Sequence[tuple[Task, int]], split: Split, group_size: int, seed: int, init_state_ids: range
+) -> tuple[Episode, ...]:
+    """One group per task and init state, in their order."""
     plan: list[Episode] = []
-    for group, turn in enumerate(turns):
-        task, init_state_id = tasks[turn], next(draws[turn])
+    for group, (task, init_state_id) in enumerate(starts):
         _check_ids(task, split, init_state_ids)
         for _ in range(group_size):
             plan.append(Episode(len(plan), task.suite, task.task_id, split, init_state_id, seed, group))
     return tuple(plan)
 
 
-def _draw(task: Task, count: int, key: tuple[int, ...], init_state_ids: range) -> list[int]:
+def _draw(task: Task, count: int, generator: np.random.Generator, init_state_ids: range) -> list[int]:
     if not init_state_ids:
         raise UserError(f"{task.suite} task {task.task_id}: no init states to train on; give a range that is not empty")
-    generator = np.random.default_rng(key)
     rounds = -(-count // len(init_state_ids))
     drawn = np.concatenate([generator.permutation(np.array(init_state_ids)) for _ in range(rounds)])
     return [int(state) for state in drawn[:count]]

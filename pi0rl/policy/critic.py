@@ -30,6 +30,7 @@ class CriticConfig:
             padding included (RLinf); ``first_token``; ``last_token``; ``mean_valid`` averages valid tokens only.
         num_cameras: ``mean_token``: cameras whose tokens are averaged.
         append_state: ``prefix``: append the normalised state to the pooled features; the prefix of pi0 holds no state.
+        append_time: append how much of the episode's time is over, in [0, 1]: no look shows it.
     """
 
     source: Literal["expert", "prefix"] = "expert"
@@ -40,6 +41,7 @@ class CriticConfig:
     pooling: Pooling = "mean_token"
     num_cameras: int = 2
     append_state: bool = False
+    append_time: bool = False
 
     def __post_init__(self) -> None:
         if self.append_state and self.source != "prefix":

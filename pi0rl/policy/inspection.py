@@ -73,7 +73,8 @@ def _heads(policy: Policy) -> str:
     critic, noise = policy.critic_config, policy.noise_config
     value = "no value head"
     if critic is not None:
-        value = f"value head {'-'.join(map(str, critic.hidden))} on the {critic.source}"
+        read = f"{critic.source} and the time" if critic.append_time else critic.source
+        value = f"value head {'-'.join(map(str, critic.hidden))} on the {read}"
     return f"{value}, {'no noise head' if noise is None else f'noise head with std in {list(noise.std_range)}'}"
 
 

@@ -168,7 +168,7 @@ def _look(policy: Policy, config: MemoryConfig) -> tuple[int, int]:
     with torch.no_grad(), LiveBytes(policy) as counter:
         inputs = _inputs(config, batch)
         prefix = policy.full_prefix(inputs)
-        sample(policy, prefix, noise, config.sampler, "train")
+        sample(policy, prefix, noise, config.sampler, "train", torch.empty(batch))
     return _cache_bytes(prefix), counter.peak
 
 
@@ -183,7 +183,7 @@ def _update(policy: Policy, trained: list[nn.Parameter], config: MemoryConfig) -
         inputs = _inputs(config, batch)
         with torch.set_grad_enabled(policy.trains_prefix(config.train_expert_only)):
             prefix = policy.full_prefix(inputs)
-        evaluation = evaluate_chains(policy, prefix, chains, inds, config.sampler)
+        evaluation = evaluate_chains(policy, prefix, chains, inds, config.sampler, torch.empty(batch))
         (evaluation.log_probs.mean() + evaluation.values.mean() + evaluation.entropy.mean()).backward()
     return _cache_bytes(prefix), counter.peak
 

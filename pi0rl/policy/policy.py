@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -73,8 +74,13 @@ class Policy(nn.Module):
             features = torch.cat((features, prefix.state.float()), dim=1)
         return Prefix(prefix.cache, prefix.mask, prefix.state, features)
 
-    def value(self, prefix: Prefix, features: Tensor, action_chunk: int) -> Tensor:
-        """Value [B] from the prefix, or the expert's features [B, H, width] at one denoising step; 0 without critic."""
+    def value(self, prefix: Prefix, features: Tensor, action_chunk: int, elapsed: Tensor | None = None) -> Tensor:
+        """Value [B] from the prefix, or the expert's features [B, H, width] at one denoising step; 0 without critic.
+
+        Args:
+            elapsed: float32 [B], how much of the episode's time is over, in [0, 1]. A critic that asks for it makes NaN
+                without: no time limit, no value.
+        """
         critic = self.critic_config
         if critic is None or self.value_head is None:
             return torch.zeros(len(features), device=features.device)
@@ -83,6 +89,9 @@ class Policy(nn.Module):
             pooled = prefix.critic_features
         else:
             pooled = (features[:, :action_chunk] if critic.chunk_only else features).mean(1)
+        if critic.append_time:
+            time = pooled.new_full((len(pooled),), math.nan) if elapsed is None else elapsed
+            pooled = torch.cat((pooled, time[:, None]), dim=1)
         return self.value_head(pooled.detach() if critic.detach else pooled)
 
     def named_weights(self) -> dict[str, nn.Parameter]:
@@ -111,9 +120,10 @@ class Policy(nn.Module):
 def _value_head(config: Pi0Config, critic: CriticConfig | None) -> ValueHead | None:
     if critic is None:
         return None
-    if critic.source == "expert":
-        return ValueHead(config.expert.width, critic.hidden)
-    return ValueHead(config.text.width + (config.state_dim if critic.append_state else 0), critic.hidden)
+    width = config.expert.width if critic.source == "expert" else config.text.width
+    if critic.append_state:
+        width += config.state_dim
+    return ValueHead(width + critic.append_time, critic.hidden)
 
 
 def _reads_alike(own: CriticConfig | None, wanted: CriticConfig | None) -> bool:

@@ -257,18 +257,23 @@ def sample(
     noise: SamplingNoise,
     config: SamplerConfig,
     mode: Literal["train", "eval"],
+    elapsed: Tensor | None = None,
 ) -> Sample:
     """Draw an action chunk per observation; ``eval`` takes ODE steps only (a pure function of x_T).
 
     On the CPU in float32 a row's bits do not depend on who shares the batch, nor on its place in it.
+
+    Args:
+        elapsed: float32 [B], see `Policy.value`.
     """
     if not policy.exact:
-        return _sample(policy, inputs, noise, config, mode)
+        return _sample(policy, inputs, noise, config, mode, elapsed)
     drawn, places = [], []
     for rows in _alike(inputs):
         # Matrix products treat the last few rows of an uneven batch by another code path, with other rounding.
         padded = torch.cat((rows, rows[-1:].expand(-len(rows) % BATCH_MULTIPLE)))
-        part = _sample(policy, inputs.rows(padded), noise.rows(padded), config, mode)
+        time = None if elapsed is None else elapsed[padded]
+        part = _sample(policy, inputs.rows(padded), noise.rows(padded), config, mode, time)
         drawn.append(part.rows(torch.arange(len(rows))))
         places.append(rows)
     order = torch.cat(places).argsort()
@@ -290,6 +295,7 @@ def _sample(
     noise: SamplingNoise,
     config: SamplerConfig,
     mode: Literal["train", "eval"],
+    elapsed: Tensor | None,
 ) -> Sample:
     prefix = inputs if isinstance(inputs, Prefix) else policy.prefix(inputs)
     steps = _Steps(policy, config, noise.initial.device)
@@ -302,7 +308,7 @@ def _sample(
         x = mean + std * noise.steps[:, index]
         chain.append(x)
         log_probs.append(steps.log_prob(x, mean, std))
-        values.append(policy.value(prefix, features, config.action_chunk))
+        values.append(policy.value(prefix, features, config.action_chunk, elapsed))
     per_step, value_steps = torch.stack(log_probs, dim=1), torch.stack(values, dim=1)
     if config.stochastic in ("single", "last"):
         kept = per_step.gather(1, chosen.clamp_min(0)[:, :, None, None].expand(-1, -1, *per_step.shape[2:]))
@@ -316,13 +322,19 @@ def _sample(
 
 
 def evaluate_chains(
-    policy: Policy, inputs: ModelInputs | Prefix, chains: Tensor, denoise_inds: Tensor, config: SamplerConfig
+    policy: Policy,
+    inputs: ModelInputs | Prefix,
+    chains: Tensor,
+    denoise_inds: Tensor,
+    config: SamplerConfig,
+    elapsed: Tensor | None = None,
 ) -> ChainEvaluation:
     """Log-probs, values and entropy of stored chains under the current weights, with gradients.
 
     Args:
         inputs: observations, or their prefix computed beforehand (once per update, where the prefix is frozen).
         chains: float32 [B, K + 1, H, D]; denoise_inds: int64 [B, 1] or [B, K], as ``sample`` returned them in training.
+        elapsed: float32 [B], see `Policy.value`.
     """
     prefix = inputs if isinstance(inputs, Prefix) else policy.prefix(inputs)
     steps = _Steps(policy, config, chains.device)
@@ -332,7 +344,7 @@ def evaluate_chains(
     for k in denoise_inds.unbind(1):
         mean, std, features = steps.transition(prefix, chains[rows, k], k, everywhere)
         log_probs.append(steps.log_prob(chains[rows, k + 1], mean, std))
-        values.append(policy.value(prefix, features, config.action_chunk))
+        values.append(policy.value(prefix, features, config.action_chunk, elapsed))
         entropies.append(steps.entropy(std))
         means.append(steps.executed(mean))
         stds.append(steps.executed(std))

@@ -46,7 +46,8 @@ def observe(
     mean, whole = sum(recent) / len(recent), len(recent) == config.collapse_window
     scores = {**state.scores, iteration: success}
     after = replace(state, recent=recent, scores=scores, best=max(state.best, mean) if whole else state.best)
-    if metrics.get("actor/skipped_steps", 0.0) > 0.0 and metrics.get("actor/optimizer_steps") == 0.0:
+    steps = metrics.get("actor/optimizer_steps", 0.0) + metrics.get("critic/optimizer_steps", 0.0)
+    if metrics.get("actor/skipped_steps", 0.0) > 0.0 and steps == 0.0:
         return after, "no gradient of the update was finite"
     max_kl = metrics.get("actor/max_kl", 0.0)
     if config.collapse_kl is not None and max_kl > config.collapse_kl:

@@ -85,8 +85,10 @@ def actor_loss(
         weights: [N, L] or None, see :func:`aggregate`.
 
     Returns:
-        The loss and its metrics; ``actor/approx_kl`` is the mean of -log ratio, ``actor/approx_kl_k3`` the mean of
-        ``rho - 1 - log rho``, both summed over the actions and dimensions of a chunk.
+        The loss and its metrics. Three estimate the KL from the old policy (Schulman 2020): ``actor/approx_kl``
+        -log rho, ``actor/approx_kl_k2`` ``(log rho)^2 / 2``, ``actor/approx_kl_k3`` ``rho - 1 - log rho``, each summed
+        over the ratios of what has an advantage (a chunk, or at L = C an action), and averaged over these and over
+        denoising steps.
     """
     log_ratio = sum_to_level(log_probs, config.logprob_type) - sum_to_level(old_log_probs, config.logprob_type)
     if config.clip_log_ratio_min is not None or config.clip_log_ratio_max is not None:
@@ -116,6 +118,7 @@ def actor_loss(
             "actor/clipped_ratio": masked_mean(clipped_ratio, counted),
             "actor/dual_clipped_ratio": masked_mean(ratio * dual_clipped, counted),
             "actor/approx_kl": -log_ratio.sum() / entries,
+            "actor/approx_kl_k2": 0.5 * (log_ratio**2).sum() / entries,
             "actor/approx_kl_k3": torch.where(valid, ratio - 1.0 - log_ratio, 0.0).sum() / entries,
             "actor/pg_clipfrac": masked_mean((plain < clipped).float(), counted),
             "actor/dual_clipfrac": masked_mean(dual_clipped.float(), counted),

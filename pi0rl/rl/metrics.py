@@ -7,9 +7,10 @@ from torch import Tensor
 from pi0rl.rl.advantages import Batch
 from pi0rl.rl.trajectories import Rollout
 
-# What RLinf calls the same numbers (its logs put ``train/`` before actor and critic). Three differ in more than name:
+# What RLinf calls the same numbers (its logs put ``train/`` before actor and critic). Four differ in more than name:
 # its total_loss is divided by the number of micro batches per step, its clip_fraction at token level by chunks instead
-# of tokens, and its critic/value_clip_ratio is rounding noise where ours is the fraction of clipped values.
+# of tokens, its critic/value_clip_ratio is rounding noise where ours is the fraction of clipped values, and its
+# episode_len is the step limit, to which it plays on.
 RLINF_NAMES = {
     "actor/loss": "actor/total_loss",
     "actor/policy_loss": "actor/policy_loss",
@@ -48,7 +49,7 @@ def rollout_metrics(rollout: Rollout, batch: Batch) -> dict[str, float]:
         "env/return": sum(returns) / len(episodes),
         "env/episode_len": sum(lengths) / len(episodes),
         "env/num_trajectories": float(len(episodes)),
-        "env/steps": float(sum(lengths)),
+        "env/steps": float(sum(episode.simulated for episode in episodes)),
         "rollout/rewards_mean": sum(returns) / sum(lengths),
         "rollout/samples": float(len(batch)),
     }

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pi0rl.rl.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """L2 norms before clipping, None where nothing was clipped; of all gradients together, it is the actor's."""
+
+    actor: float | None
+    critic: float | None
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(norm) for norm in (self.actor, self.critic) if norm is not None)
 
 
 class PolicyOptimizer:
@@ -48,41 +62,46 @@ class PolicyOptimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self, actor_lr: float, value_lr: float, critic_only: bool) -> tuple[float, bool]:
-        """Clip the gradients' joint L2 norm to ``clip_grad`` and step, unless that norm is not finite.
+    def step(self, actor_lr: float, value_lr: float, critic_only: bool, clip_jointly: bool = False) -> GradientNorms:
+        """Clip the gradients to an L2 norm of ``clip_grad`` and step, unless a norm is not finite.
 
         Args:
             critic_only: leave the actor as it is: no gradient, no momentum, no weight decay.
+            clip_jointly: one norm for actor and critic, as in RLinf. Where each has its own, the scale of the policy's
+                gradients does not decide how fast the critic learns.
 
         Returns:
-            The norm before clipping, and whether the step was taken.
+            The norms before clipping; the step was taken if they are finite.
         """
         if critic_only:
             for parameter in self.actor.values():
                 parameter.grad = None
-        norm = self._clip()
-        taken = bool(torch.isfinite(norm))
-        if taken:
+        actor, critic = list(self.actor.values()), list(self.critic.values())
+        if clip_jointly:
+            norms = GradientNorms(self._clip([*actor, *critic]), None)
+        else:
+            norms = GradientNorms(None if critic_only else self._clip(actor), self._clip(critic) if critic else None)
+        if norms.finite:
             for group in self._adamw.param_groups:
                 group["lr"] = value_lr if group["critic"] else actor_lr
             self._adamw.step()
             self.steps += 1
             self.actor_steps += not critic_only
         self.zero_grad()
-        return float(norm), taken
+        return norms
 
-    def _clip(self) -> Tensor:
-        """The joint norm of all gradients before it is clipped."""
-        groups = _by_type([*self.actor.values(), *self.critic.values()])
+    def _clip(self, parameters: Sequence[nn.Parameter]) -> float:
+        """The joint norm of the parameters' gradients before it is clipped."""
+        groups = _by_type(parameters)
         if len(groups) == 1:
-            return torch.nn.utils.clip_grad_norm_(groups[0], self.config.clip_grad)
+            return float(torch.nn.utils.clip_grad_norm_(groups[0], self.config.clip_grad))
         gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
         norms = [self._whole(torch.nn.utils.get_total_norm(group)) for group in gradients if group]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         factor = float((self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
         for gradient in (gradient for group in gradients for gradient in group):
             gradient.mul_(factor)
-        return norm
+        return float(norm)
 
     def forget(self) -> None:
         """Drop Adam's moments (RLinf rebuilds its optimiser after the critic warm-up)."""

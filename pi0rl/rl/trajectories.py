@@ -22,7 +22,7 @@ class Trajectory:
     Attributes:
         episode: index in the iteration's plan; decides the order of samples.
         group: GRPO group (episodes that share task and initial state).
-        task: task id within the suite.
+        simulated: environment steps that were simulated, those after the end included.
         rewards: float32 [T, C], see :func:`shape_rewards`.
         success: bool [T, C], the task's predicate after every step.
         dones: bool [T, C], success or time limit, see :func:`step_dones`. The last chunk must be done.
@@ -35,7 +35,7 @@ class Trajectory:
 
     episode: int
     group: int
-    task: int
+    simulated: int
     rewards: np.ndarray
     success: np.ndarray
     dones: np.ndarray
@@ -72,6 +72,12 @@ def step_dones(success: np.ndarray, max_episode_steps: int) -> np.ndarray:
     return success | (elapsed >= max_episode_steps)
 
 
+def elapsed_time(chunks: np.ndarray, max_episode_steps: int, chunk: int) -> np.ndarray:
+    """How much of an episode's time is over after ``chunks`` chunks of ``chunk`` steps: float32, in [0, 1]."""
+    allowed = -(-max_episode_steps // chunk)
+    return (chunks / allowed).astype(np.float32)
+
+
 def shape_rewards(success: np.ndarray, config: RewardConfig) -> np.ndarray:
     """Per-step rewards, float32 [T, C], of one episode (REFERENCE: LIBERO's sparse reward).
 
@@ -93,11 +99,16 @@ def shape_rewards(success: np.ndarray, config: RewardConfig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """What the policy needs to recompute the log-probs of n samples (see :class:`Trajectory` for the fields)."""
+    """What the policy needs to recompute the log-probs of n samples (see :class:`Trajectory` for the fields).
+
+    Attributes:
+        chunks: int64 [n], how many chunks of the episode came before.
+    """
 
     observation: Observation
     chains: np.ndarray
     denoise_inds: np.ndarray
+    chunks: np.ndarray
 
 
 class Rollout:
@@ -154,8 +165,12 @@ class Rollout:
             state=rows(lambda trajectory: trajectory.observation.state),
             prompt=tuple(self.trajectories[b].observation.prompt[t] for t, b in places),
         )
-        chains = rows(lambda trajectory: trajectory.chains)
-        return SampleInputs(observation, chains, rows(lambda trajectory: trajectory.denoise_inds))
+        return SampleInputs(
+            observation=observation,
+            chains=rows(lambda trajectory: trajectory.chains),
+            denoise_inds=rows(lambda trajectory: trajectory.denoise_inds),
+            chunks=np.array([t for t, _ in places]),
+        )
 
     def log_probs(self) -> torch.Tensor:
         """float32 [N, S, C, E], as recorded while rolling out."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pi0rl.errors import UserError
 from pi0rl.rl import losses
 from pi0rl.rl.advantages import Batch
-from pi0rl.rl.config import AlgorithmConfig, UpdateConfig, effective
-from pi0rl.rl.optimizer import PolicyOptimizer
+from pi0rl.rl.config import AlgorithmConfig, UpdateConfig, effective, watched_kl
+from pi0rl.rl.optimizer import GradientNorms, PolicyOptimizer
 from pi0rl.rl.schedules import adam_warmup_factor, learning_rate_factor
 
 
@@ -28,7 +28,7 @@ class Evaluation:
     Attributes:
         log_probs: [n, S, C, E].
         values: [n]; None without critic.
-        entropy: [n], mean per number; None where it cannot change.
+        entropy: [n], mean per number; None where the noise is not learned.
         mean, std: [n, S', C, E], transitions at the stochastic denoising steps; needed for ``kl_penalty="gaussian"``.
     """
 
@@ -38,6 +38,9 @@ class Evaluation:
     mean: Tensor | None = None
     std: Tensor | None = None
 
+
+# What :func:`pi0rl.rl.losses.critic_loss` reports.
+CRITIC_METRICS = ("actor/value_loss", "actor/value_clip_ratio")
 
 Evaluate = Callable[[Tensor], Evaluation]
 """Samples int64 [n] -> what the policy makes of them."""
@@ -76,21 +79,31 @@ class Alone:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: gradient norm before clipping, the two rates (0 while the actor waits for the critic),
-    whether it was taken (it is not when the norm is not finite)."""
+    """One optimiser step.
 
-    grad_norm: float
+    Attributes:
+        norms: of the gradients before clipping.
+        actor_lr, value_lr: the two rates; the actor's is 0 where it was left as it is.
+        critic_only: whether it was.
+    """
+
+    norms: GradientNorms
     actor_lr: float
     value_lr: float
-    taken: bool
+    critic_only: bool
+
+    @property
+    def taken(self) -> bool:
+        """Not where a norm is not finite."""
+        return self.norms.finite
 
 
 @dataclass(frozen=True)
 class UpdateReport:
     """Attributes:
     metrics: means over the update, names as logged.
-    steps: in order; a minibatch that ``target_kl`` stopped has none.
-    stopped_by_kl: whether ``target_kl`` ended the update early.
+    steps: in order; without a critic a minibatch that ``target_kl`` stopped has none.
+    stopped_by_kl: whether ``target_kl`` ended the actor's part of the update early.
     """
 
     metrics: dict[str, float]
@@ -106,8 +119,11 @@ class _Tally:
     moments: list[Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
-    def add(self, parts: Sequence[_Part]) -> None:
-        self.metrics += [(share, metrics) for share, metrics, _ in parts]
+    def add(self, parts: Sequence[_Part], stopped: bool) -> None:
+        """``stopped``: the actor does not learn from them any more, so that only the critic's metrics count."""
+        for share, metrics, _ in parts:
+            counted = {name: metrics[name] for name in CRITIC_METRICS} if stopped else metrics
+            self.metrics.append((share, counted))
         self.moments += [moments for _, _, moments in parts if moments is not None]
 
 
@@ -124,7 +140,7 @@ def update(
     lr_factor: float = 1.0,
     team: Team | None = None,
 ) -> UpdateReport:
-    """Train on ``batch`` for ``update_epoch`` epochs.
+    """Train on ``batch`` for ``update_epoch`` epochs, the actor until ``target_kl`` stops it, the critic to their end.
 
     Deterministic given the parameters, the optimiser's state, ``config.seed`` and ``iteration``.
 
@@ -137,30 +153,31 @@ def update(
         UserError: a ratio of the first minibatch is not 1 within ``ratio_tolerance``, or (``compat="rlinf"``) the
             samples do not divide into minibatches.
     """
-    settings = effective(config.algorithm)
+    settings, watched = effective(config.algorithm), watched_kl(config.algorithm)
     tally, team = _Tally(), team or Alone()
-    first_ratio_error, max_kl, stopped = float("nan"), 0.0, False
+    first_ratio_error, max_kl, stopped = 0.0, 0.0, False
     for minibatch in minibatches(len(batch), config, iteration):
-        critic_only = _critic_only(optimizer, config)
+        critic_only = stopped or _critic_only(optimizer, config)
         done = len(tally.metrics)
-        parts = minibatch.split(config.micro_batch_size)
+        parts = micro_batches(minibatch, config)
         own = list(parts[team.rank :: team.size])
         shares = [len(rows) / len(minibatch) for rows in own]
         if team.in_step and len(own) < -(-len(parts) // team.size):
             own, shares = [*own, parts[0]], [*shares, 0.0]
-        tally.add(team.gather(_accumulate_gradients(evaluate, batch, own, shares, settings, critic_only)))
+        tally.add(team.gather(_accumulate_gradients(evaluate, batch, own, shares, settings, critic_only)), stopped)
         fresh = tally.metrics[done:]
         if done == 0:
             first_ratio_error = max(float(metrics["max_log_ratio"]) for _, metrics in fresh)
             _check_first_ratio(first_ratio_error, settings)
-        kl = sum(share * float(metrics["actor/approx_kl_k3"]) for share, metrics in fresh)
-        max_kl = max(max_kl, kl)
-        if settings.target_kl is not None and not critic_only and kl > settings.target_kl:
+        if not stopped:
+            kl = sum(share * float(metrics[watched]) for share, metrics in fresh)
+            max_kl = max(max_kl, kl)
+            stopped = settings.target_kl is not None and not critic_only and kl > settings.target_kl
+        if stopped and not optimizer.critic:
             optimizer.zero_grad()
-            stopped = True
             break
         team.sum_gradients([*optimizer.actor.values(), *optimizer.critic.values()])
-        tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only, lr_factor))
+        tally.steps.append(_optimizer_step(optimizer, config, iteration, critic_only or stopped, lr_factor))
     optimizer.updates += 1
     return UpdateReport(_summary(tally, first_ratio_error, max_kl, stopped), tuple(tally.steps), stopped)
 
@@ -185,6 +202,15 @@ def minibatches(samples: int, config: UpdateConfig, iteration: int) -> list[Tens
         order = np.random.default_rng([config.seed, iteration, epoch]).permutation(samples)
         minibatches += [torch.from_numpy(rows) for rows in np.array_split(order, count)]
     return minibatches
+
+
+def micro_batches(minibatch: Tensor, config: UpdateConfig) -> Sequence[Tensor]:
+    """As few parts of ``micro_batch_size`` rows at most as there can be, which differ by at most one row: a part of a
+    few rows costs nearly as much as a whole one. RLinf fills all but the last."""
+    size = config.micro_batch_size
+    if config.algorithm.compat == "rlinf":
+        return minibatch.split(size)
+    return minibatch.tensor_split(-(-len(minibatch) // size))
 
 
 def _critic_only(optimizer: PolicyOptimizer, config: UpdateConfig) -> bool:
@@ -287,40 +313,43 @@ def _optimizer_step(
     optimizer: PolicyOptimizer, config: UpdateConfig, iteration: int, critic_only: bool, lr_factor: float
 ) -> Step:
     compat = config.algorithm.compat == "rlinf"
-    factor = lr_factor * learning_rate_factor(config.optim, iteration, clamp=not compat)
+    factor = lr_factor * learning_rate_factor(config.optim, iteration, compat)
     actor_lr = config.optim.lr * factor * adam_warmup_factor(config.optim, optimizer.actor_steps)
     value_lr = config.optim.value_lr * factor
-    norm, taken = optimizer.step(actor_lr, value_lr, critic_only)
+    norms = optimizer.step(actor_lr, value_lr, critic_only, clip_jointly=compat)
     if compat and critic_only and not _critic_only(optimizer, config):
         optimizer.forget()
-    return Step(norm, 0.0 if critic_only else actor_lr, value_lr, taken)
+    return Step(norms, 0.0 if critic_only else actor_lr, value_lr, critic_only)
 
 
 def _summary(tally: _Tally, first_ratio_error: float, max_kl: float, stopped: bool) -> dict[str, float]:
     """Means over micro batches (by share of their minibatch) and over optimiser steps; nothing of nothing."""
     summary: dict[str, float] = {}
-    total_share = sum(share for share, _ in tally.metrics)
     for name in tally.metrics[0][1] if tally.metrics else ():
         if "/" in name:
-            summary[name] = sum(share * float(metrics[name]) for share, metrics in tally.metrics) / total_share
+            parts = [(share, float(metrics[name])) for share, metrics in tally.metrics if name in metrics]
+            summary[name] = sum(share * value for share, value in parts) / sum(share for share, _ in parts)
     taken = [step for step in tally.steps if step.taken]
+    of_actor = [(step.norms.actor, step.actor_lr) for step in taken if step.norms.actor is not None]
     summary |= {
-        "actor/optimizer_steps": float(len(taken)),
+        **_mean("actor/grad_norm", [norm for norm, _ in of_actor]),
+        **_mean("actor/lr", [rate for _, rate in of_actor]),
+        "actor/optimizer_steps": float(sum(not step.critic_only for step in taken)),
         "actor/skipped_steps": float(len(tally.steps) - len(taken)),
         "actor/stopped_by_kl": float(stopped),
-        "actor/max_kl": max_kl,
     }
     if tally.metrics:
-        summary["actor/first_ratio_error"] = first_ratio_error
-    if taken:
-        summary["actor/grad_norm"] = _mean([step.grad_norm for step in taken])
-        summary["actor/lr"] = _mean([step.actor_lr for step in taken])
+        summary |= {"actor/max_kl": max_kl, "actor/first_ratio_error": first_ratio_error}
     if tally.moments:
-        summary["critic/explained_variance"] = losses.explained_variance(tally.moments)
-        if taken:
-            summary["critic/lr"] = _mean([step.value_lr for step in taken])
+        summary |= {
+            **_mean("critic/grad_norm", [step.norms.critic for step in taken if step.norms.critic is not None]),
+            **_mean("critic/lr", [step.value_lr for step in taken]),
+            "critic/optimizer_steps": float(len(taken)),
+            "critic/explained_variance": losses.explained_variance(tally.moments),
+        }
     return summary
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
+def _mean(name: str, numbers: Sequence[float]) -> dict[str, float]:
+    """Nothing of nothing."""
+    return {name: sum(numbers) / len(numbers)} if numbers else {}

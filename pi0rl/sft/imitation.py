@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from pi0rl.errors import UserError
 from pi0rl.observation import Observation
 from pi0rl.params import SftParams
+from pi0rl.policy.average import MovingAverage, put
 from pi0rl.policy.model import ModelInputs, sample_training_time
 from pi0rl.policy.policy import Policy
 from pi0rl.rl.update import Alone, Team
@@ -81,8 +82,8 @@ class Imitation:
             self._trained, lr=params.lr, betas=(0.9, 0.95), weight_decay=params.weight_decay
         )
         self._average = None
-        if params.ema_decay is not None:  # in float32, in which small steps are not rounded away
-            self._average = [weight.detach().to(torch.float32, copy=True) for weight in self._trained]
+        if params.ema_decay is not None:
+            self._average = MovingAverage(self._trained, params.ema_decay)
         self._order, self._taken = np.empty(0, np.int64), 0
         policy.train()
 
@@ -111,22 +112,14 @@ class Imitation:
         loss = sum(team.gather(losses))
         norm = torch.nn.utils.clip_grad_norm_(self._trained, params.clip_grad, error_if_nonfinite=True)
         self._optimizer.step()
-        self._follow()
+        if self._average is not None:
+            self._average.follow(self._trained)
         self.done += 1
         return ImitationStep(self.done, loss, float(norm), lr)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Within it the policy has the moving average of its weights, where one is kept."""
-        if self._average is None:
-            yield
-            return
-        current = [weight.detach().clone() for weight in self._trained]
-        self._put(self._average)
-        try:
-            yield
-        finally:
-            self._put(current)
+        return nullcontext() if self._average is None else self._average.in_place_of(self._trained)
 
     @torch.no_grad()
     def validation_loss(self, held_out: Demonstrations) -> float:
@@ -149,7 +142,7 @@ class Imitation:
         return {
             "done": self.done,
             "weights": [weight.detach() for weight in self._trained],
-            "average": self._average,
+            "average": None if self._average is None else self._average.values,
             "optimizer": self._optimizer.state_dict(),
             "order": torch.from_numpy(self._order),
             "taken": self._taken,
@@ -160,11 +153,9 @@ class Imitation:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state` of the same policy, demonstrations and params."""
         self.done, self._taken, self._order = state["done"], state["taken"], state["order"].numpy()
-        self._put(state["weights"])
+        put(self._trained, state["weights"])
         if self._average is not None:
-            self._average = [
-                value.to(weight.device) for value, weight in zip(state["average"], self._trained, strict=True)
-            ]
+            put(self._average.values, state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.bit_generator.state = state["generator"]
         for generator, saved in zip((self._torch_generator, self._augmenting), state["torch_generators"], strict=True):
@@ -183,18 +174,6 @@ class Imitation:
         with torch.autocast(device.type, torch.bfloat16, enabled=self._params.mixed_precision):
             losses = self._policy.model.flow_matching_loss(inputs, target.to(device), noise.to(device), time.to(device))
         return losses.mean()
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Move the average towards the weights."""
-        if self._average is not None and self._params.ema_decay is not None:
-            for average, weight in zip(self._average, self._trained, strict=True):
-                average.lerp_(weight.float(), 1 - self._params.ema_decay)
-
-    @torch.no_grad()
-    def _put(self, weights: Sequence[Tensor]) -> None:
-        for weight, value in zip(self._trained, weights, strict=True):
-            weight.copy_(value)
 
 
 def network_targets(policy: Policy, demonstrations: Demonstrations) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+from pi0rl.cluster.checkpoints import Checkpoints
 from pi0rl.cluster.iterations import Iteration
 from pi0rl.cluster.loop import train as run_loop
 from pi0rl.cluster.placement import resolve_placement
@@ -21,7 +24,7 @@ from pi0rl.cluster.setup import (
 )
 from pi0rl.errors import UserError
 from pi0rl.evaluation.evaluator import experiment_exam
-from pi0rl.experiment import Experiment
+from pi0rl.experiment import Experiment, differences
 from pi0rl.files import replace_text
 from pi0rl.params import LoggerParams, Params
 from pi0rl.policy.checkpoints import load_policy, save_policy
@@ -30,7 +33,7 @@ from pi0rl.stages.playing import require_checkpoint
 from pi0rl.tracking.metrics import MetricsWriter
 
 # In a training folder: what the run was begun from. Only a run that was begun from the same is resumed.
-ORIGIN = "origin.txt"
+ORIGIN = "origin.json"
 
 
 def run(experiment: Experiment) -> None:
@@ -41,19 +44,22 @@ def run(experiment: Experiment) -> None:
     _say_what_has_nothing_to_do(experiment)
     sft_policy = experiment.stage_dir("sft") / "policy"
     require_checkpoint(sft_policy, "sft")
-    origin = _origin(params, sft_policy)
+    origin = origin_of_run(params, sft_policy)
     finished, checkpoints, start = folder / "policy", folder / "checkpoints", folder / "start"
-    if (finished.is_dir() and not checkpoints.is_dir()) or not _began_as(folder, origin):
-        shutil.rmtree(folder, ignore_errors=True)  # finished, or begun from something else: from the start
+    if reason := reason_to_begin_anew(folder, origin):
+        _say(f"{folder}: {reason}; it is thrown away and training begins anew")
+        shutil.rmtree(folder)
     if not start.is_dir():
         policy = load_policy(sft_policy)
         _require_horizon(params, policy)
         begun = with_heads(policy, critic_config(params), noise_config(params), params.seed)
         _say_which_heads_are_left_out(policy, begun)
         save_policy(begun, start)
-        replace_text(folder / ORIGIN, origin)
+        replace_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
     if not finished.is_dir():
-        _run_loop(experiment, start).rename(finished)
+        trained = _run_loop(experiment, start)
+        Checkpoints(checkpoints, start, params.runner.keep_last).keep_best(folder / "best", _say)
+        trained.rename(finished)
     shutil.rmtree(checkpoints)
     shutil.rmtree(start)
 
@@ -73,6 +79,10 @@ def _run_loop(experiment: Experiment, start: Path) -> Path:
         return run_loop(config, players, placement, start, folder, on_iteration, writer.resume)
 
 
+def _say(line: str) -> None:
+    print(f"train: {line}", file=sys.stderr)
+
+
 def _say_what_validates(params: Params) -> None:
     """One line on the states of validation; an error where the final policy would be chosen by what judges it."""
     plan, judged = validation_plan(params), validated_states_judged(params)
@@ -86,7 +96,7 @@ def _say_what_validates(params: Params) -> None:
             "evaluation; lower evaluation.episodes_per_task or runner.val_episodes_per_task, or set final_policy: last"
         )
     also = f"{judged} of these {len(plan)} in the final evaluation too" if judged else "none in the final evaluation"
-    print(f"train: validated from {states}, {also}", file=sys.stderr)
+    _say(f"validated from {states}, {also}")
 
 
 def _say_what_has_nothing_to_do(experiment: Experiment) -> None:
@@ -102,7 +112,7 @@ def _say_what_has_nothing_to_do(experiment: Experiment) -> None:
         ("video_cfg.video_base_dir", videos.video_base_dir is not None, "videos lie beside the table of episodes"),
     ):
         if is_set:
-            print(f"train: {key}: nothing to do; {reason}", file=sys.stderr)
+            _say(f"{key}: nothing to do; {reason}")
 
 
 def _say_which_heads_are_left_out(checkpoint: Policy, begun: Policy) -> None:
@@ -121,14 +131,32 @@ def _require_horizon(params: Params, policy: Policy) -> None:
         raise UserError(f"actor.model.num_action_chunks is {chunk} but this policy predicts {horizon} actions")
 
 
-def _origin(params: Params, policy: Path) -> str:
+def origin_of_run(params: Params, policy: Path) -> dict[str, Any]:
     """All that decides a training run: its params and the policy it starts from.
 
     Where it runs is left out: a run whose node is lost goes on at another placement, equal up to rounding from there.
+    So are where it is logged, how many checkpoints are kept, and, unless the learning rate depends on it, its length.
     """
     sections = {"seed", "suites", "env", "rollout", "actor", "openpi", "algorithm", "runner"}
-    return params.model_dump_json(include=sections, indent=1) + "\n" + (policy / "config.json").read_text()
+    tree = params.model_dump(mode="json", include=sections)
+    optim = params.actor.optim
+    free = {"logger", "keep_last"}
+    if optim.lr_scheduler == "constant" or optim.total_training_steps is not None:
+        free.add("max_epochs")
+    tree["runner"] = {key: value for key, value in tree["runner"].items() if key not in free}
+    return tree | {"policy": json.loads((policy / "config.json").read_text())}
 
 
-def _began_as(folder: Path, origin: str) -> bool:
-    return (folder / ORIGIN).is_file() and (folder / ORIGIN).read_text() == origin
+def reason_to_begin_anew(folder: Path, origin: dict[str, Any]) -> str | None:
+    """Why what is in ``folder`` cannot be gone on with; None where it can, or where there is nothing."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if (folder / "policy").is_dir() and not (folder / "checkpoints").is_dir():
+        return "the run there is finished"
+    try:
+        began = json.loads((folder / ORIGIN).read_text())
+        changed = differences(began, origin)
+    except (OSError, ValueError, AttributeError):
+        return f"the run there does not say what it was begun from ({ORIGIN})"
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"the run there was begun with other params ({', '.join(changed[:3])}{more})" if changed else None

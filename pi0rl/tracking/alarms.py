@@ -52,7 +52,7 @@ def alarms(
         found.append(("not finite", f"{', '.join(broken)}"))
     if skipped > 0:
         found.append(("not finite", f"{skipped:.0f} optimiser steps left out, their gradients were not finite"))
-    kl, limit = latest.get("actor/approx_kl_k3", 0.0), 2 * target_kl if target_kl else KL_LIMIT
+    kl, limit = latest.get("actor/approx_kl_k2", 0.0), 2 * target_kl if target_kl else KL_LIMIT
     if kl > limit:
         found.append(("KL", f"the update moved the policy by {kl:.3f} nats, expected at most {limit:.3f}"))
     found += _success(metrics) + _slow(iteration, timing)

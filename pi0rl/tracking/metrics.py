@@ -29,9 +29,9 @@ STEP = "iteration"
 METRICS: dict[str, str] = {
     "env/success_once": "share of the iteration's training episodes that succeeded at any step (sampled with noise)",
     "env/return": "mean sum of rewards of an episode",
-    "env/episode_len": "mean control steps of an episode, up to its end or success",
+    "env/episode_len": "mean control steps of an episode, up to its success or the limit",
     "env/num_trajectories": "episodes played",
-    "env/steps": "control steps simulated",
+    "env/steps": "control steps simulated, in compat those after success too",
     "rollout/rewards_mean": "mean reward of a control step",
     "rollout/samples": "chunks that are trained on",
     "rollout/advantages_mean": "mean advantage, normalised where that is asked for",
@@ -46,26 +46,29 @@ METRICS: dict[str, str] = {
     "actor/policy_loss": "clipped surrogate loss",
     "actor/policy_loss_abs": "mean absolute value of the clipped surrogate",
     "actor/value_loss": "Huber loss of the critic, clipped where value_clip is set",
-    "actor/grad_norm": "gradient norm before clipping",
-    "actor/approx_kl": "KL of the old to the updated policy, mean of -log ratio",
-    "actor/approx_kl_k3": "the same by the estimator ratio - 1 - log ratio, never negative; target_kl watches it",
-    "actor/max_kl": "largest of the minibatches' actor/approx_kl_k3; collapse_kl watches it",
+    "actor/grad_norm": "gradient norm of the policy before clipping (compat: with the value head's)",
+    "actor/approx_kl": "KL of the old to the updated policy, mean of -log ratio; reward_type action_level: per action",
+    "actor/approx_kl_k2": "the same by log ratio squared / 2, which a single sample hardly moves; target_kl watches it",
+    "actor/approx_kl_k3": "the same by the estimator ratio - 1 - log ratio, never negative",
+    "actor/max_kl": "largest of the minibatches' actor/approx_kl_k2 (compat: k3); collapse_kl watches it",
     "actor/ref_kl": "KL to the policy that training began from, as kl_beta weighs it",
-    "actor/pg_clipfrac": "share of ratios outside the clip range",
+    "actor/pg_clipfrac": "share of ratios held back by clipping: out of range, on the side that lowers the loss",
     "actor/dual_clipfrac": "share of ratios that clip_ratio_c caps",
     "actor/clipped_ratio": "mean ratio after clipping",
-    "actor/dual_clipped_ratio": "mean ratio where clip_ratio_c caps it",
+    "actor/dual_clipped_ratio": "mean over all ratios of those that clip_ratio_c caps, the others as 0",
     "actor/ratio": "mean ratio of new to old probability",
     "actor/ratio_abs": "mean distance of the ratio from 1",
     "actor/first_ratio_error": "largest log ratio on the first minibatch, which must be 0 up to rounding",
     "actor/value_clip_ratio": "share of values that value_clip clips",
-    "actor/entropy": "mean entropy of the sampler's Gaussian per dimension",
+    "actor/entropy": "mean entropy of the sampler's Gaussian per dimension, where the noise is learned (flow_noise)",
     "actor/lr": "learning rate of the policy",
-    "actor/optimizer_steps": "optimiser steps taken",
+    "actor/optimizer_steps": "optimiser steps that moved the policy",
     "actor/skipped_steps": "optimiser steps left out because a gradient was not finite",
-    "actor/stopped_by_kl": "1 if target_kl ended the update early",
+    "actor/stopped_by_kl": "1 if target_kl ended the policy's part of the update early",
     "actor/rollbacks": "how often the run has gone back to its best checkpoint; from the first time on",
+    "critic/grad_norm": "gradient norm of the value head before clipping",
     "critic/lr": "learning rate of the value head",
+    "critic/optimizer_steps": "optimiser steps that moved the value head",
     "critic/explained_variance": "1 - Var(target - value) / Var(target)",
     "sft/loss": "flow-matching loss of a batch",
     "sft/grad_norm": "gradient norm before clipping",
@@ -74,9 +77,28 @@ METRICS: dict[str, str] = {
     "sft/success_once": "success on official init states where imitation is checked while it trains",
     "eval/<suite>/success_once": "success without noise where training is validated",
     "eval/<policy>/<split>/<suite>/success_once": "success without noise on the evaluation plan",
-    "time/*": "seconds of an iteration's parts; kept in timing.csv",
-    "perf/*": "rates, e.g. control steps per second; kept in timing.csv",
-    "system/*": "how busy the machine is: cores, memory, GPUs; kept in timing.csv",
+    "time/step": "seconds of an iteration: rollouts, update and hand-over, without validation",
+    "time/generate_rollouts": "seconds in which its episodes are played",
+    "time/actor_training": "seconds of advantages and update",
+    "time/sync_weights": "seconds in which the new weights are handed over",
+    "time/eval": "seconds of its validation, where one was due",
+    "time/env/reset": "seconds in which an env worker resets scenes, mean of all",
+    "time/env/simulate": "seconds in which an env worker simulates, mean of all",
+    "time/env/render": "seconds in which an env worker renders, mean of all",
+    "time/rollout/act": "seconds in which a rollout worker infers actions, mean of all",
+    "perf/env_steps_per_second": "control steps simulated per second of the iteration",
+    "perf/env_utilization": "share of the iteration in which an env worker works, mean of all",
+    "perf/env_slowest": "seconds of the busiest env worker over the mean of all",
+    "perf/rollout_utilization": "share of the iteration in which a rollout worker infers actions, mean of all",
+    "perf/actor_utilization": "share of the iteration that is advantages and update",
+    "perf/alarms": "alarms of the iteration, where there are any",
+    "system/cpu_utilization_percentage": "how busy the cores were since the last iteration, 0 to 100",
+    "system/system_memory_usage_megabytes": "main memory in use",
+    "system/system_memory_usage_percentage": "the same of what there is, 0 to 100",
+    "system/gpu_<n>_utilization_percentage": "how busy GPU n is, 0 to 100",
+    "system/gpu_<n>_memory_usage_megabytes": "memory in use on GPU n",
+    "system/gpu_<n>_memory_usage_percentage": "the same of what it has, 0 to 100",
+    "system/gpu_<n>_power_usage_watts": "what GPU n draws",
 }
 
 
@@ -121,9 +143,9 @@ class MetricsWriter:
         Args:
             events: what the guards did, in words.
         """
-        if unknown := unexplained(metrics):
-            raise ValueError(f"metrics without an explanation in pi0rl.tracking.metrics.METRICS: {', '.join(unknown)}")
         timing = {**timing, **system_metrics()}
+        if unknown := unexplained([*metrics, *timing]):
+            raise ValueError(f"metrics without an explanation in pi0rl.tracking.metrics.METRICS: {', '.join(unknown)}")
         self._metrics.append(iteration, metrics)
         self._timing.append(iteration, timing)
         tables = self._tables()

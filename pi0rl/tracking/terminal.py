@@ -37,11 +37,16 @@ def plain_line(iterations: int, metrics: Table, timing: Table) -> str:
     """The last iteration as one line."""
     number = max(metrics)
     row, seconds = metrics[number], timing[number]
+    learned = [
+        f"KL {row.get('actor/approx_kl', 0.0):.3f}",
+        f"explained variance {row.get('critic/explained_variance', 0.0):.2f}",
+    ]
+    if row.get("rollout/samples") == 0.0:
+        learned = ["all groups filtered, nothing to learn from"]
     parts = [
         f"success {row.get('env/success_once', 0.0):.2f}",
         f"length {row.get('env/episode_len', 0.0):.0f}",
-        f"KL {row.get('actor/approx_kl', 0.0):.3f}",
-        f"explained variance {row.get('critic/explained_variance', 0.0):.2f}",
+        *learned,
         f"{seconds.get('perf/env_steps_per_second', 0.0):.0f} env steps/s",
         f"env workers {utilisation(seconds):.0%} busy",
     ]
