@@ -360,9 +360,7 @@ class EvaluationParams(Section):
     """
 
     # Written down only where it is given: params that were frozen before it existed stay the same bytes to DVC.
-    suites: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, exclude_if=lambda suites: suites is None
-    )
+    suites: Suites | None = Field(default=None, exclude_if=lambda suites: suites is None)
     split: Literal["official", "held_out", "both"] = "held_out"
     episodes_per_task: Positive = 10
     seed: NonNegative = 1000

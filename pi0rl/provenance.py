@@ -69,13 +69,6 @@ def checkpoint_hashes(stages: Mapping[str, Path]) -> dict[str, str]:
     }
 
 
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files in ``folder``, at any depth."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = "".join(f"{path.relative_to(folder).as_posix()} {_sha256(path)}\n" for path in files)
-    return text_hash(listing)
-
-
 def text_hash(text: str) -> str:
     """SHA-256 of a text, as hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
