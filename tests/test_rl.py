@@ -338,7 +338,7 @@ def test_the_policys_gradients_do_not_slow_the_critic_unless_compat() -> None:
         toy.mean.grad, toy.value.grad = torch.zeros(CHUNK, 7), torch.tensor([0.5])
         toy.mean.grad[0, 0] = 100.0
         seen: list[float] = []
-        hook = optimizer._adamw.register_step_pre_hook(lambda *_, seen=seen: seen.append(float(toy.value.grad)))  # pyright: ignore
+        hook = optimizer._adamw.register_step_pre_hook(lambda *_, seen=seen: seen.append(float(toy.value.grad)))
         norms = optimizer.step(1e-3, 1e-2, critic_only=False, clip_jointly=jointly)
         hook.remove()
         assert seen == pytest.approx([expected], rel=1e-3)

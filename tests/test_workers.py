@@ -114,15 +114,15 @@ def test_rollout_and_update_show_the_critic_the_same_time(source: Literal["prefi
     assert all(len(set(trajectory.values)) == len(trajectory) for trajectory in trajectories)
     actor = start_actor(params, tmp_path / "policy")
     rollout = Rollout(trajectories)
-    evaluate = actor._evaluator(rollout, 0, CHUNKS * CHUNK)  # pyright: ignore[reportPrivateUsage]
+    evaluate = actor._evaluator(rollout, 0, CHUNKS * CHUNK)
     recorded = rollout.values[:-1][rollout.real][:, 0]
     with torch.no_grad():
         values = evaluate(torch.arange(len(rollout))).values
         assert values is not None
         torch.testing.assert_close(values, recorded, atol=1e-6, rtol=1e-6)
-    late = actor._evaluator(rollout, 0, 2 * CHUNKS * CHUNK)  # pyright: ignore[reportPrivateUsage]
+    late = actor._evaluator(rollout, 0, 2 * CHUNKS * CHUNK)
     with torch.no_grad():
-        assert not torch.allclose(late(torch.arange(len(rollout))).values, recorded)  # pyright: ignore
+        assert not torch.allclose(late(torch.arange(len(rollout))).values, recorded)
     actor.save(tmp_path)
     config = tmp_path / "policy" / "config.json"
     config.write_text(config.read_text().replace('"append_time": true', '"append_time": false'))
