@@ -29,6 +29,7 @@ from benchmarks.sides import ONE_THREAD, Ours, Reference, Side
 from pi0rl.errors import UserError
 from pi0rl.files import replace_text
 from pi0rl.libero.suites import SUITES, Task, task
+from pi0rl.machine import processor_name
 from pi0rl.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,11 +105,9 @@ def measure(scene: Task) -> tuple[TaskSpeed, str]:
 
 def describe_machine(back_end: str) -> dict[str, str | float]:
     """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS)
     return {
-        "processor": processors[0] if processors else platform.processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load average at the start": round(os.getloadavg()[0], 1),
         "gl": back_end,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 
 import torch
+
+from pi0rl.machine import processor_name
 
 
 def describe_machine() -> dict[str, str | int]:
     """Processor, cores, memory, torch and its threads."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

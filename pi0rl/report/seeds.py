@@ -70,7 +70,7 @@ def read_siblings(folders: Sequence[Path]) -> tuple[Run, ...]:
     for folder in folders:
         try:
             runs.append(read_run(folder))
-        except UserError:
+        except UserError:  # unfinished, say
             continue
     return tuple(runs)
 

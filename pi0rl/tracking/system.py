@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import psutil
+
+from pi0rl.machine import nvidia_smi
 
 _QUERY = "utilization.gpu,memory.used,memory.total,power.draw"
 
@@ -17,7 +16,7 @@ def system_metrics() -> dict[str, float]:
         "system/cpu_utilization_percentage": psutil.cpu_percent(),
         "system/system_memory_usage_megabytes": memory.used / 1e6,
         "system/system_memory_usage_percentage": memory.percent,
-        **gpu_metrics(_nvidia_smi()),
+        **gpu_metrics(nvidia_smi(_QUERY)),
     }
 
 
@@ -34,18 +33,6 @@ def gpu_metrics(table: str) -> dict[str, float]:
         }
         metrics |= {f"system/gpu_{gpu}_{name}": value for name, value in values.items() if value is not None}
     return metrics
-
-
-def _nvidia_smi() -> str:
-    """Its table; empty where there is no driver, or one that does not answer."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 def _number(cell: str) -> float | None:
