@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from pi0rl.errors import UserError
-from pi0rl.params_checks import check_effects, check_learning
+from pi0rl.params_checks import check_together
 from pi0rl.rl.config import AlgorithmConfig, GuardConfig, OptimConfig, RewardConfig, UpdateConfig
 from pi0rl.rlinf_keys import rlinf_hint
 
@@ -414,87 +414,9 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Params:
-        model, openpi, train = self.actor.model, self.openpi, self.env.train
-        for key, value, other, expected in (
-            ("openpi.action_chunk", openpi.action_chunk, "actor.model.num_action_chunks", model.num_action_chunks),
-            ("openpi.num_steps", openpi.num_steps, "actor.model.num_steps", model.num_steps),
-            ("openpi.action_env_dim", openpi.action_env_dim, "actor.model.action_dim", model.action_dim),
-        ):
-            if value is not None and value != expected:
-                raise ValueError(f"{key} is {value} but {other} is {expected}: make them equal or leave {key} out")
-        if self.algorithm.adv_type == "gae" and not openpi.add_value_head:
-            raise ValueError("algorithm.adv_type gae needs openpi.add_value_head: true (or use adv_type: grpo)")
-        if openpi.noise_anneal and openpi.noise_method not in ("flow_sde", "flow_cps"):
-            raise ValueError(
-                f"openpi.noise_anneal changes the noise level, which {openpi.noise_method} does not have; "
-                "set noise_anneal: false, or noise_method: flow_sde or flow_cps"
-            )
-        check_learning(self)
-        check_effects(self)
-        if self.actor.fsdp_config.sharding_strategy == "full_shard" and (model.is_lora or model.torch_compile):
-            other = "is_lora" if model.is_lora else "torch_compile"
-            raise ValueError(
-                f"actor.fsdp_config.sharding_strategy full_shard does not go with actor.model.{other}; "
-                "set no_shard, or leave the other out"
-            )
-        episodes = train.total_num_envs * self.algorithm.rollout_epoch
-        if episodes % self.algorithm.group_size:
-            raise ValueError(
-                f"algorithm.group_size {self.algorithm.group_size} does not divide the {episodes} episodes of an "
-                "iteration (env.train.total_num_envs x algorithm.rollout_epoch)"
-            )
-        for where, count, workers in (
-            ("env.train", train.total_num_envs, train.workers),
-            ("env.eval", self.env.eval.total_num_envs, self.env.eval.workers),
-        ):
-            if count % (workers * self.rollout.pipeline_stage_num):
-                raise ValueError(
-                    f"{where}.total_num_envs {count} does not divide into {where}.workers {workers} x "
-                    f"rollout.pipeline_stage_num {self.rollout.pipeline_stage_num}"
-                )
-        for where, (first, end) in (
-            ("demos.init_state_ids", self.demos.init_state_ids),
-            ("env.train.init_state_ids", train.init_state_ids),
-        ):
-            if first >= end:
-                raise ValueError(f"{where} is [{first}, {end}]: expected first (included) below last (excluded)")
-        if self.sft.gradient_accumulation > self.sft.batch_size:
-            raise ValueError(
-                f"sft.gradient_accumulation {self.sft.gradient_accumulation} parts of sft.batch_size "
-                f"{self.sft.batch_size}: expected at most one part per sample"
-            )
-        scratch = self.fetch is None and self.sft.checkpoint is None
-        if scratch and (self.sft.train_expert_only or self.sft.lora_rank is not None):
-            raise ValueError(
-                "sft.train_expert_only and sft.lora_rank leave the weights of sft.checkpoint as they are, and none is "
-                "named: without it training begins at random weights, all of which have to be trained"
-            )
-        if self.sft.target_success is not None and self.sft.val_check_start > self.sft.steps:
-            raise ValueError(f"sft.val_check_start {self.sft.val_check_start} is beyond sft.steps {self.sft.steps}")
-        if forgotten := [suite for suite in self.suites if suite not in self.evaluated_suites]:
-            raise ValueError(
-                f"evaluation.suites leaves out {forgotten[0]}, which suites trains on: name it as well, or leave "
-                "evaluation.suites out to judge on what is trained"
-            )
-        _check_validation(self.runner)
+        check_together(self)
         UpdateConfig(self.algorithm, self.actor.optim, self.actor.global_batch_size, self.actor.micro_batch_size)
         return self
-
-
-def _check_validation(runner: RunnerParams) -> None:
-    interval = runner.val_check_interval
-    if interval < -1 or interval == 0:
-        raise ValueError(f"runner.val_check_interval is {interval}: expected a number of iterations, or -1 for never")
-    if interval > 0 and runner.save_interval % interval:
-        raise ValueError(
-            f"runner.save_interval {runner.save_interval} is no multiple of runner.val_check_interval {interval}: "
-            "every checkpoint is to be validated"
-        )
-    if interval < 0 and runner.final_policy == "best":
-        raise ValueError(
-            "runner.final_policy best needs runner.val_check_interval: the best of noisy training episodes is the "
-            "luckiest; set an interval, or final_policy: last"
-        )
 
 
 def load_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
